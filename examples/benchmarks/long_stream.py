@@ -1,0 +1,85 @@
+"""Streams a million tokens and watches memory and speed: peak resident memory after the first 10,000 tokens and at the
+end, and the time of the first and the last chunks.
+
+    KERAS_BACKEND=jax python examples/benchmarks/long_stream.py --tokens 1000000 --out out/long_stream.json
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import resource
+import time
+
+import keras
+import numpy as np
+
+import keras_fam
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--fam-length", type=int, default=16)
+    parser.add_argument("--memory-segments", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    args = parser.parse_args()
+    keras.utils.set_random_seed(args.seed)
+    backbone = keras_fam.TransformerFAMBackbone(
+        256,
+        args.layers,
+        args.width,
+        4,
+        2 * args.width,
+        block_size=args.block_size,
+        memory_segments=args.memory_segments,
+        fam_length=args.fam_length,
+        fam_feedback="normalized",
+    )
+    model = keras_fam.TransformerFAMCausalLM(backbone)
+    stream = keras_fam.StreamingModel(model, batch_size=1)
+    rng = np.random.default_rng(args.seed)
+    seconds, peaks, early = [], [], None
+    while stream.position[0] < args.tokens:
+        chunk = rng.integers(0, 256, (1, args.chunk))
+        started = time.perf_counter()
+        logits = stream.predict(chunk)
+        seconds.append(time.perf_counter() - started)
+        if early is None and stream.position[0] >= 10_000:
+            early = peak_mib()
+        peaks.append(peak_mib())
+    assert np.isfinite(logits).all()
+    warm = [s for s, n in zip(seconds, np.arange(len(seconds)), strict=True) if n * args.chunk >= 10_000]
+    tenth = max(1, len(warm) // 10)
+    first, last = float(np.median(warm[:tenth])), float(np.median(warm[-tenth:]))
+    result = {
+        "backend": keras.backend.backend(),
+        "tokens": int(stream.position[0]),
+        "peak_mib_after_10k": early,
+        "peak_mib_at_end": peaks[-1],
+        "growth_percent": 100 * (peaks[-1] / early - 1),
+        "chunk_ms_first_tenth": 1e3 * first,
+        "chunk_ms_last_tenth": 1e3 * last,
+        "time_ratio": last / first,
+        "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()},
+        "versions": {"python": platform.python_version(), "keras": keras.__version__},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Keras layers: `FeedbackAttention`, `TransformerFAMBlock`, `RandomStatePassing`."""

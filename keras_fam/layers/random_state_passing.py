@@ -1,0 +1,58 @@
+"""Random State Passing (App. B.2.3): training steps start from the memory that an earlier step ended with."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_fam")
+class RandomStatePassing(keras.layers.Layer):
+    """Keeps row 0's final memory of every layer, and hands it to a random part of the next step's rows.
+
+    The memory is held in non-trainable weights, so it is saved with the model. It is detached: no gradient crosses
+    training steps.
+
+    Args:
+        rate: p, the probability that a row starts from the kept memory instead of the learned one (0.8 in the paper).
+        num_layers: L.
+        fam_length: F.
+        seed: None or an int.
+    """
+
+    def __init__(self, rate: float, num_layers: int, fam_length: int, seed: int | None = None, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`rate` is a probability from 0 to 1; received {rate!r}.")
+        self.rate, self.num_layers, self.fam_length, self.seed = rate, num_layers, fam_length, seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def build(self, input_shape):
+        self.memory = self.add_weight(
+            shape=(self.num_layers, self.fam_length, input_shape[-1]),
+            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+            name="memory",
+        )
+        self.filled = self.add_weight(shape=(), dtype="bool", initializer="zeros", trainable=False, name="filled")
+
+    def choose(self, batch_size):
+        """bool `[B]`: the rows that start from the kept memory; none before the first `keep`."""
+        draw = keras.random.uniform((batch_size,), seed=self.seed_generator)
+        return ops.logical_and(draw < self.rate, self.filled)
+
+    def keep(self, fams, written):
+        """Stores row 0's memory.
+
+        Args:
+            fams: a list of L memories `[B, F, D]`.
+            written: bool scalar, whether row 0 wrote a memory in this step; if not, the old one stays.
+        """
+        memory = ops.stop_gradient(ops.stack([fam[0] for fam in fams], axis=0))
+        self.memory.assign(ops.where(written, ops.cast(memory, self.memory.dtype), self.memory.value))
+        self.filled.assign(ops.logical_or(self.filled.value, written))
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(rate=self.rate, num_layers=self.num_layers, fam_length=self.fam_length, seed=self.seed)
+        return config

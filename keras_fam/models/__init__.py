@@ -1,0 +1,1 @@
+"""Models: `TransformerFAMBackbone`, `TransformerFAMCausalLM`, presets."""

@@ -1,0 +1,80 @@
+"""TransformerFAMCausalLM: next-token logits on top of a backbone."""
+
+import keras
+
+from keras_fam.models.backbone import TransformerFAMBackbone
+from keras_fam.models.streaming_call import StreamingModelMixin
+
+
+@keras.saving.register_keras_serializable(package="keras_fam")
+class TransformerFAMCausalLM(StreamingModelMixin, keras.Model):
+    """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
+
+    `fit` takes token ids (or a dict of `"token_ids"` and `"padding_mask"`), the next tokens as targets, and loss
+    weights `[B, T]` as sample weights. `compile()` without arguments chooses Adam and the sparse cross-entropy.
+
+    Args:
+        backbone: a `TransformerFAMBackbone`.
+        preprocessor: None, or an object that is kept with the model (a KerasHub preprocessor).
+
+    Calls, `advance`, `get_initial_state` and `state_spec` are those of the backbone, with logits as outputs.
+    """
+
+    def __init__(self, backbone: TransformerFAMBackbone, preprocessor=None, name: str | None = None, **kwargs):
+        kwargs.setdefault("dtype", backbone.dtype_policy)
+        super().__init__(name=name, **kwargs)
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+    def build(self, input_shape=None):
+        """Makes all weights; `input_shape` may be left out."""
+        self.backbone.build(input_shape)
+        self.built = True
+
+    def compile(self, optimizer="adam", loss="auto", *, weighted_metrics="auto", **kwargs):
+        """As `keras.Model.compile`; the defaults are next-token cross-entropy and accuracy, weighted by the loss
+        weights."""
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if weighted_metrics == "auto":
+            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
+        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
+
+    @property
+    def output_width(self):
+        return self.backbone.vocabulary_size
+
+    @property
+    def passes_state(self):
+        return self.backbone.passes_state
+
+    def state_spec(self, batch_size=None):
+        """`StreamState` of `Spec`s (shape and dtype), for `batch_size` rows."""
+        return self.backbone.state_spec(batch_size)
+
+    def get_initial_state(self, batch_size):
+        """The `StreamState` of `batch_size` rows that start anew."""
+        return self.backbone.get_initial_state(batch_size)
+
+    def _starting_state(self, batch_size, training):
+        return self.backbone._starting_state(batch_size, training)
+
+    def _keep_memory(self, before, state):
+        self.backbone._keep_memory(before, state)
+
+    def _advance(self, token_ids, state, **options):
+        hidden, state = self.backbone._advance(token_ids, state, **options)
+        return self.backbone.token_embedding(hidden, reverse=True), state
+
+    def get_config(self):
+        config = super().get_config()
+        config["backbone"] = keras.saving.serialize_keras_object(self.backbone)
+        config["preprocessor"] = keras.saving.serialize_keras_object(self.preprocessor)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["backbone"] = keras.saving.deserialize_keras_object(config["backbone"])
+        config["preprocessor"] = keras.saving.deserialize_keras_object(config["preprocessor"])
+        return cls(**config)

@@ -1,0 +1,1 @@
+"""Pure functions over `keras.ops`: rotary positions, visibility, attention, the scan over blocks."""

@@ -1,0 +1,77 @@
+"""One scan over blocks for the three backends: the only sequential part of the package."""
+
+import keras
+from keras import ops
+
+from keras_fam.ops.backend import is_eager
+
+# Outside of `jit`, JAX would compile a loop anew at every call: up to this length it is run step by step instead.
+MAX_EAGER_STEPS = 64
+
+
+def scan(step, carry, xs, y_like):
+    """Runs `carry, y = step(carry, x)` over the leading axis of `xs` and stacks the `y`.
+
+    A compiled loop on JAX and TensorFlow, a Python loop on torch (as fast there as any, see the README).
+
+    Args:
+        step: function of `(carry, x)`; structures may be nested, the carry keeps its shapes and dtypes.
+        carry: initial carry.
+        xs: structure of tensors `[n, ...]`, n ≥ 1 (TensorFlow also takes an n that is only known at run time).
+        y_like: structure of tensors with the shapes and dtypes of one `y`; their values are not read.
+
+    Returns:
+        `(carry, ys)` with `ys` stacked over a leading axis of length n.
+    """
+    backend = keras.backend.backend()
+    length = keras.tree.flatten(xs)[0].shape[0]
+    if backend == "jax" and not (length <= MAX_EAGER_STEPS and all(map(is_eager, keras.tree.flatten((carry, xs))))):
+        import jax
+
+        return jax.lax.scan(step, carry, xs)
+    if backend == "tensorflow":
+        return _scan_tensorflow(step, carry, xs, y_like)
+    outputs = []
+    for i in range(length):
+        carry, y = step(carry, keras.tree.map_structure(lambda x, i=i: x[i], xs))
+        outputs.append(y)
+    return carry, keras.tree.map_structure(lambda *y: ops.stack(y, axis=0), *outputs)
+
+
+def branch(predicate, true, false):
+    """`true()` if the bool scalar `predicate` holds, else `false()`; only one is computed.
+
+    As `ops.cond`, but a predicate that can be read now is: JAX would compile both branches at every eager call.
+    """
+    if is_eager(predicate):
+        return true() if bool(predicate) else false()
+    return ops.cond(predicate, true, false)
+
+
+def _scan_tensorflow(step, carry, xs, y_like):
+    """`tf.while_loop` over TensorArrays: unlike `ops.scan`, `y` is free to differ from the carry."""
+    import tensorflow as tf
+
+    flat_xs = keras.tree.flatten(xs)
+    length = flat_xs[0].shape[0]
+    size = tf.shape(flat_xs[0])[0] if length is None else length
+    inputs = [tf.TensorArray(x.dtype, size, element_shape=x.shape[1:]).unstack(x) for x in flat_xs]
+    # An empty stack has no shape where B is unknown too: then element 0 is `y_like`, and is cut off again.
+    spare = 1 if length is None else 0
+    outputs = [tf.TensorArray(y.dtype, size + spare, element_shape=y.shape) for y in keras.tree.flatten(y_like)]
+    if spare:
+        outputs = [array.write(0, y) for array, y in zip(outputs, keras.tree.flatten(y_like), strict=True)]
+    flat_carry = keras.tree.flatten(carry)
+
+    def body(i, state, stacks):
+        x = keras.tree.pack_sequence_as(xs, [array.read(i) for array in inputs])
+        new, y = step(keras.tree.pack_sequence_as(carry, state), x)
+        new = [tf.ensure_shape(a, b.shape) for a, b in zip(keras.tree.flatten(new), flat_carry, strict=True)]
+        stacks = [array.write(i + spare, part) for array, part in zip(stacks, keras.tree.flatten(y), strict=True)]
+        return i + 1, new, stacks
+
+    _, flat_carry, outputs = tf.while_loop(
+        lambda i, *_: i < size, body, (0, flat_carry, outputs), maximum_iterations=size
+    )
+    ys = keras.tree.pack_sequence_as(y_like, [array.stack()[spare:] for array in outputs])
+    return keras.tree.pack_sequence_as(carry, flat_carry), ys

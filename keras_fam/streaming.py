@@ -1,0 +1,187 @@
+"""StreamingModel: a model that remembers between calls.
+
+The state lives here, the arithmetic in the model's pure `advance`. Chunks of any length are cut into pieces of a few
+sizes, so that each program is compiled once and never once per length.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fam.ops.backend import compiled
+from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
+
+
+class StreamingModel:
+    """Streams through a TransformerFAM model, at constant memory.
+
+    ```python
+    stream = keras_fam.StreamingModel(lm, batch_size=4)
+    logits = stream.predict(chunk)     # [4, T, V] for any T; the next call goes on where this one stopped
+    stream.reset_state(rows=[2])
+    ```
+
+    Args:
+        model: a `TransformerFAMCausalLM`, a `TransformerFAMBackbone`, or any layer with their interface.
+        batch_size: B, number of streams.
+        blocks_per_step: how many blocks are advanced at once where a chunk is long; no result changes.
+
+    Attributes:
+        position: int64 NumPy `[B]`, tokens read by each row since its start.
+    """
+
+    def __init__(self, model, batch_size: int, *, blocks_per_step: int = 4):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is the number of streams, at least 1; received {batch_size!r}.")
+        if not isinstance(blocks_per_step, int) or blocks_per_step < 1:
+            raise ValueError(f"`blocks_per_step` is a whole number of at least 1; received {blocks_per_step!r}.")
+        if not model.built:
+            model.build()
+        self.model, self.batch_size = model, batch_size
+        self.block_size = getattr(model, "backbone", getattr(model, "attention", model)).block_size
+        self.step_size = blocks_per_step * self.block_size
+        self._programs = {}
+        self._start_anew()
+
+    # Reading ----------------------------------------------------------------------------------------------------
+
+    def predict(self, chunk, lengths=None):
+        """Outputs for the next tokens of every row.
+
+        Args:
+            chunk: int `[B, T]` token ids (or `[B, T, D]` for a layer), T ≥ 1.
+            lengths: None, or int `[B]`: how many of the T tokens exist in each row; the rest is padding and its
+                outputs are 0.
+
+        Returns:
+            NumPy `[B, T, …]`.
+
+        Raises:
+            ValueError: for a chunk or lengths that do not fit. The streams are then as they were, as after any
+                exception.
+        """
+        chunk = np.asarray(chunk)
+        if chunk.ndim < 2 or chunk.shape[0] != self.batch_size or chunk.shape[1] == 0:
+            raise ValueError(
+                f"A chunk is [batch_size, T, …] with {self.batch_size} rows and T ≥ 1; received shape {chunk.shape}. "
+                "Rows without new tokens take part with lengths=0."
+            )
+        total = chunk.shape[1]
+        if lengths is not None:
+            lengths = np.asarray(lengths)
+            fits = lengths.shape == (self.batch_size,) and lengths.dtype.kind in "iu"
+            if not fits or lengths.min() < 0 or lengths.max() > total:
+                raise ValueError(
+                    f"`lengths` are {self.batch_size} whole numbers from 0 to T = {total}; received {lengths!r}."
+                )
+            if (lengths == total).all():
+                lengths = None
+        state, position, outputs, first = self._state, self.position, [], 0
+        while first < total:
+            size, aligned = self._next_piece(total - first, position, lengths)
+            piece = chunk[:, first : first + size]
+            taken = None if lengths is None else np.clip(lengths - first, 0, size).astype("int32")
+            output, state = self._run(piece, state, taken, aligned)
+            outputs.append(output)
+            position = position + (size if taken is None else taken)
+            first += size
+        self._state, self.position = state, position
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=1)
+
+    def _next_piece(self, left, position, lengths):
+        """`(size, aligned)` of the next piece: whole steps or blocks where all rows stand at a boundary."""
+        offset = position % self.block_size
+        if lengths is None and not offset.any():
+            for size in (self.step_size, self.block_size):
+                if left >= size:
+                    return size, True
+        room = self.block_size - (offset[0] if (offset == offset[0]).all() else 0)
+        return int(min(left, room)), False
+
+    def _run(self, piece, state, lengths, aligned):
+        """One compiled step; short pieces are padded to the next power of two."""
+        size = piece.shape[1]
+        if not aligned and size > 1:
+            padded = min(1 << (size - 1).bit_length(), self.block_size)
+            if lengths is None and padded != size:
+                lengths = np.full(self.batch_size, size, "int32")
+            piece = np.pad(piece, [(0, 0), (0, padded - size)] + [(0, 0)] * (piece.ndim - 2))
+        key = (aligned, lengths is not None)
+        if key not in self._programs:
+            self._programs[key] = compiled(self._step(*key), lambda: self.model.variables)
+        given = () if lengths is None else (ops.convert_to_tensor(lengths),)
+        output, state = self._programs[key](ops.convert_to_tensor(piece), state, *given)
+        return ops.convert_to_numpy(output)[:, :size], state
+
+    def _step(self, aligned, has_lengths):
+        if has_lengths:
+            return lambda piece, state, lengths: self.model.advance(piece, state, lengths=lengths, aligned=aligned)
+        return lambda piece, state: self.model.advance(piece, state, aligned=aligned)
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self):
+        """The `StreamState` of all rows."""
+        return self._state
+
+    def reset_state(self, rows=None):
+        """Lets rows start anew.
+
+        Args:
+            rows: None (all) or a sequence of row numbers.
+        """
+        if rows is None:
+            self._start_anew()
+            return
+        rows = self._check_rows(rows)
+        self._state = replace_rows(self._state, rows, self.model.get_initial_state(len(rows)))
+        self.position = self.position.copy()
+        self.position[rows] = 0
+
+    def get_state(self, rows=None):
+        """A `StreamState` of some rows (all if None), to be kept or handed to `set_state`."""
+        return self._state if rows is None else select_rows(self._state, self._check_rows(rows))
+
+    def set_state(self, state, rows=None):
+        """Puts streams in place of the ones in `rows` (all if None).
+
+        Args:
+            state: `StreamState` of as many rows, of the same model.
+            rows: None or a sequence of row numbers.
+
+        Raises:
+            ValueError: if the state does not fit, or holds NaN; the streams are then as they were.
+        """
+        rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
+        check_structure(state, self.model.state_spec(len(rows)), self.model.name)
+        check_finite(state, self.model.name)
+        blocks = ops.convert_to_numpy(state.cursor.block_index).astype("int64")
+        position = self.position.copy()
+        position[rows] = blocks * self.block_size + ops.convert_to_numpy(state.cursor.offset)
+        self._state = replace_rows(self._state, rows, state)
+        self.position = position
+
+    def fork(self, row: int, to):
+        """Copies stream `row` to the rows `to` (a row number or a sequence), which go on from there on their own."""
+        to = self._check_rows([to] if isinstance(to, int) else to)
+        source = self._check_rows([row])
+        self._state = replace_rows(self._state, to, select_rows(self._state, np.repeat(source, len(to))))
+        self.position = self.position.copy()
+        self.position[to] = self.position[source[0]]
+
+    def _start_anew(self):
+        self._state = self.model.get_initial_state(self.batch_size)
+        self.position = np.zeros(self.batch_size, "int64")
+
+    def _check_rows(self, rows):
+        array = np.asarray(rows).reshape(-1)
+        if not array.size or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.batch_size:
+            raise ValueError(f"Rows are numbers from 0 to {self.batch_size - 1}, at least one; received {rows!r}.")
+        if len(set(array.tolist())) != len(array):
+            raise ValueError(f"Each row is named once; received {rows!r}.")
+        return array
+
+    def __repr__(self):
+        backend = keras.backend.backend()
+        return f"<StreamingModel of {self.model.name}: {self.batch_size} streams, backend {backend}>"

@@ -1,0 +1,399 @@
+"""TransformerFAM as a plain NumPy loop in float64: the oracle that the package is compared with.
+
+Written from the specification (Hwang et al., arXiv 2404.09173, Alg. 1, Alg. 2, App. B, App. C) and importing nothing
+of the package. One batch row at a time, block by block, token by token, with absolute positions: token t of a row's
+stream stands at position t (plus the random position offset), the memory written for block b stands in block b, and
+the initial memory F_0 counts as the memory of block -1. Blocks are numbered from 0 here.
+
+Axes: B batch, T tokens of one call, S block, F memory rows, P visible memories, N query heads, K key/value heads,
+G = N // K, H head width, D model width, M feed-forward width, V vocabulary, L layers; R any number of rows, J any
+number of keys.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+DEFAULTS = {
+    "num_query_heads": None,  # N, required
+    "num_key_value_heads": None,  # K; None: N
+    "head_dim": None,  # H, required
+    "intermediate_dim": None,  # M, required
+    "block_size": 1024,  # S
+    "memory_segments": 3,  # m
+    "fam_length": 64,  # F; 0: BSWA
+    "attention_window": None,  # None: breathing BSWA; w: a token sees at most the last w tokens, itself included
+    "num_visible_memories": 1,  # P (Table 6)
+    "fam_query": "feedback",  # "static": SUM FAM (App. C.3)
+    "fam_position": "last",  # "last" | "float" | "zero" (App. B.2)
+    "fam_query_position": "previous",  # "previous" | "current"
+    "fam_feedback": "residual",  # "residual" | "normalized"
+    "initial_fam": "prompt",  # "prompt" | "summary" | "prefix" (App. B.1)
+    "stop_memory_gradient": False,  # has no effect on values; see `frozen` of `layer`
+    "activation": "silu",
+    "gated": True,
+    "norm": "rms_norm",  # "rms_norm" | "layer_norm"
+    "norm_epsilon": 1e-6,
+    "use_attention_bias": False,
+    "use_output_bias": False,
+    "use_feedforward_bias": False,
+    "use_query_key_norm": False,
+    "query_key_norm_epsilon": None,  # None: norm_epsilon
+    "use_post_norm": False,
+    "attention_scale": None,  # None: H ** -0.5
+    "attention_softcap": None,
+    "rope_wavelength": 10000.0,  # None: no rotation
+    "rope_scaling": None,
+    "dropout": 0.0,  # the oracle has none
+}
+
+
+def settings(**overrides):
+    """All settings of a layer: DEFAULTS with `overrides`."""
+    assert set(overrides) <= set(DEFAULTS), sorted(set(overrides) - set(DEFAULTS))
+    return {**DEFAULTS, **overrides}
+
+
+def random_weights(cfg, hidden_dim, rng, scale=0.3):
+    """Exactly the weights that one layer of these settings has, float64: normal with standard deviation `scale`
+    around 0, norm scales around 1. `initial_fam` [F, D] is there with initial_fam="prefix" only.
+    """
+    d, n, h, m = hidden_dim, cfg["num_query_heads"], cfg["head_dim"], cfg["intermediate_dim"]
+    k = cfg["num_key_value_heads"] or n
+    shapes = {"query_kernel": (d, n, h), "key_kernel": (d, k, h), "value_kernel": (d, k, h), "output_kernel": (n, h, d)}
+    shapes |= ({"gate_kernel": (d, m)} if cfg["gated"] else {}) | {"up_kernel": (d, m), "down_kernel": (m, d)}
+    if cfg["use_attention_bias"]:
+        shapes |= {"query_bias": (n, h), "key_bias": (k, h), "value_bias": (k, h)}
+    if cfg["use_output_bias"]:
+        shapes |= {"output_bias": (d,)}
+    if cfg["use_feedforward_bias"]:
+        shapes |= ({"gate_bias": (m,)} if cfg["gated"] else {}) | {"up_bias": (m,), "down_bias": (d,)}
+    if cfg["use_query_key_norm"]:
+        shapes |= {"query_norm_scale": (h,), "key_norm_scale": (h,)}
+    for name in ("attention", "feedforward", "post_attention", "post_feedforward"):
+        if cfg["use_post_norm"] or not name.startswith("post"):
+            shapes |= {f"{name}_norm_scale": (d,)}
+            shapes |= {f"{name}_norm_bias": (d,)} if cfg["norm"] == "layer_norm" else {}
+    if cfg["initial_fam"] == "prefix" and cfg["fam_length"]:
+        shapes |= {"initial_fam": (cfg["fam_length"], d)}
+    return {name: name.endswith("scale") + scale * rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def random_model_weights(cfgs, vocabulary_size, hidden_dim, rng, tied=True, scale=0.3):
+    """A model's weights: embedding, "layers" (a list of `random_weights`), final norm, prompt and head as needed."""
+    weights = {"embedding": rng.normal(size=(vocabulary_size, hidden_dim))}
+    weights["layers"] = [random_weights(cfg, hidden_dim, rng, scale) for cfg in cfgs]
+    weights["final_norm_scale"] = 1.0 + scale * rng.normal(size=hidden_dim)
+    if cfgs[-1]["norm"] == "layer_norm":
+        weights["final_norm_bias"] = scale * rng.normal(size=hidden_dim)
+    if cfgs[0]["initial_fam"] != "prefix" and cfgs[0]["fam_length"]:
+        weights["prompt"] = rng.normal(size=(cfgs[0]["fam_length"], hidden_dim))
+    if not tied:
+        weights["head_kernel"] = scale * rng.normal(size=(hidden_dim, vocabulary_size))
+    return weights
+
+
+def rms_norm(x, scale, epsilon):
+    """x [..., D] over its root mean square, times scale [D]."""
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def norm(x, weights, cfg, name):
+    """The layer's norm called `name` ("attention_norm", ...) of x [R, D]; a layer norm is centred and has a bias."""
+    if cfg["norm"] == "layer_norm":
+        x = x - np.mean(x, axis=-1, keepdims=True)
+        return rms_norm(x, weights[f"{name}_scale"], cfg["norm_epsilon"]) + weights[f"{name}_bias"]
+    return rms_norm(x, weights[f"{name}_scale"], cfg["norm_epsilon"])
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1.0 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1.0 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2.0))),
+    "gelu_approximate": lambda x: 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0.0),
+}
+
+
+def feed_forward(x, weights, cfg):
+    """FF of x [R, D], already normalised -> [R, D]: act(gate(x)) * up(x) -> down, or act(up(x)) -> down."""
+    act = ACTIVATIONS[cfg["activation"]]
+    up = x @ weights["up_kernel"] + weights.get("up_bias", 0.0)
+    hidden = act(x @ weights["gate_kernel"] + weights.get("gate_bias", 0.0)) * up if cfg["gated"] else act(up)
+    return hidden @ weights["down_kernel"] + weights.get("down_bias", 0.0)
+
+
+def frequencies(cfg):
+    """The angle per position of each pair of features, [H / 2], after `rope_scaling`."""
+    i, scaling = np.arange(cfg["head_dim"] // 2), cfg["rope_scaling"]
+    frequency = cfg["rope_wavelength"] ** (-2.0 * i / cfg["head_dim"])
+    if scaling is None:
+        return frequency
+    factor = scaling["factor"]
+    if scaling["type"] == "linear":
+        return frequency / factor
+    assert scaling["type"] == "llama3", scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2.0 * math.pi)  # within the original context
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: slow, positions are interpolated; 1: fast, as it is
+    return (1.0 - keep) * frequency / factor + keep * frequency
+
+
+def rope(x, positions, cfg):
+    """Rotate x [R, heads, H] by its absolute positions [R] (half-split: the first half of H pairs with the second)."""
+    if cfg["rope_wavelength"] is None:
+        return x
+    angle = np.asarray(positions, dtype="float64")[:, None, None] * frequencies(cfg)  # [R, 1, H / 2]
+    x1, x2 = np.split(x, 2, axis=-1)
+    return np.concatenate([x1 * np.cos(angle) - x2 * np.sin(angle), x2 * np.cos(angle) + x1 * np.sin(angle)], axis=-1)
+
+
+def project_query(x, positions, weights, cfg):
+    """Rotated queries [R, N, H] of rows x [R, D] at positions [R]; includes the norm before attention."""
+    q = np.einsum("rd,dnh->rnh", norm(x, weights, cfg, "attention_norm"), weights["query_kernel"])
+    q = q + weights.get("query_bias", 0.0)
+    return rope(query_key_norm(q, weights, cfg, "query_norm_scale"), positions, cfg)
+
+
+def project_key_value(x, positions, weights, cfg):
+    """Rotated keys [R, K, H] and values [R, K, H] of rows x [R, D] at positions [R]."""
+    x = norm(x, weights, cfg, "attention_norm")
+    k = np.einsum("rd,dkh->rkh", x, weights["key_kernel"]) + weights.get("key_bias", 0.0)
+    v = np.einsum("rd,dkh->rkh", x, weights["value_kernel"]) + weights.get("value_bias", 0.0)
+    return rope(query_key_norm(k, weights, cfg, "key_norm_scale"), positions, cfg), v
+
+
+def query_key_norm(x, weights, cfg, name):
+    """RMS norm over H of queries or keys x [R, heads, H], where the settings ask for it; comes before RoPE."""
+    if not cfg["use_query_key_norm"]:
+        return x
+    return rms_norm(x, weights[name], cfg["query_key_norm_epsilon"] or cfg["norm_epsilon"])
+
+
+def attend(q, keys, values, cfg):
+    """Every query q [R, N, H] attends to all of keys, values [J, K, H] -> [R, N, H]. What is hidden is not passed."""
+    n = cfg["num_query_heads"]
+    group = n // (cfg["num_key_value_heads"] or n)
+    keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)  # head n reads n // G
+    scale = cfg["head_dim"] ** -0.5 if cfg["attention_scale"] is None else cfg["attention_scale"]
+    logits = np.einsum("rnh,jnh->nrj", q, keys) * scale
+    if cfg["attention_softcap"] is not None:
+        logits = cfg["attention_softcap"] * np.tanh(logits / cfg["attention_softcap"])
+    probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    return np.einsum("nrj,jnh->rnh", probabilities, values)
+
+
+def finish(mixed, residual, weights, cfg):
+    """After attention (Alg. 2): A = output projection of mixed [R, N, H] + residual [R, D]; FF(norm(A)) + A."""
+    a = np.einsum("rnh,nhd->rd", mixed, weights["output_kernel"]) + weights.get("output_bias", 0.0)
+    if cfg["use_post_norm"]:
+        a = norm(a, weights, cfg, "post_attention_norm")
+    a = a + residual
+    out = feed_forward(norm(a, weights, cfg, "feedforward_norm"), weights, cfg)
+    if cfg["use_post_norm"]:
+        out = norm(out, weights, cfg, "post_feedforward_norm")
+    return out + a
+
+
+# ------------------------------------------------------------------------------------------ the layer (Alg. 2)
+
+
+@dataclass
+class Row:
+    """Where one row's stream stands in one layer. Everything of the past is kept, by absolute position."""
+
+    count: int = 0  # real tokens so far; the next one stands at position `count`, in block `count // S`
+    keys: list = field(default_factory=list)  # of every token so far, rotated, each [K, H]
+    values: list = field(default_factory=list)  # each [K, H]
+    memories: list = field(default_factory=list)  # (block that it compressed, memory [F, D]); F_0 has block -1
+    static: np.ndarray | None = None  # [F, D], the rows that ask when fam_query="static"
+    fresh: bool = True  # no memory has been written yet: the first update has no residual (App. B.1)
+
+    def copy(self):
+        return Row(self.count, self.keys[:], self.values[:], self.memories[:], self.static, self.fresh)
+
+
+def fam_positions(block, cfg, position_offset=0.0):
+    """Positions [F] of the memory that compressed `block`; -1 is "before the first block" (App. B.2)."""
+    s, f, i = cfg["block_size"], cfg["fam_length"], np.arange(cfg["fam_length"])
+    if cfg["fam_position"] == "zero":
+        return np.zeros(f)
+    within = {"last": s - f + i, "float": (i + 1) * s / f - 1}[cfg["fam_position"]]
+    return block * s + within + position_offset
+
+
+def project_memories(memories, weights, cfg, position_offset):
+    """k_F and v_F (lists of P * F, each [K, H]) of some memories [(block, [F, D]), ...], projected afresh (Alg. 2)."""
+    k_f, v_f = [], []
+    for block, memory in memories:
+        k, v = project_key_value(memory, fam_positions(block, cfg, position_offset), weights, cfg)
+        k_f, v_f = k_f + list(k), v_f + list(v)
+    return k_f, v_f
+
+
+def token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen):
+    """O_t [1, D] of token i_t [1, D]; its own key is the last of `row` (Alg. 1 and 2, BSWA and FAM)."""
+    t = row.count
+    block = t // cfg["block_size"]
+    first = max(0, (block - cfg["memory_segments"]) * cfg["block_size"])  # the m previous blocks and its own
+    if cfg["attention_window"] is not None:
+        first = max(first, t - cfg["attention_window"] + 1)
+    keys, values = list(k_f), list(v_f)
+    for s in range(first, t + 1):
+        in_segment = s // cfg["block_size"] < block
+        source = frozen if in_segment and frozen is not None else row
+        keys.append(source.keys[s])
+        values.append(source.values[s])
+    q = project_query(i_t, [t + position_offset], weights, cfg)
+    return finish(attend(q, np.stack(keys), np.stack(values), cfg), i_t, weights, cfg)
+
+
+def write_memory(row, rider, weights, cfg, position_offset):
+    """F_b [F, D] for the block b that has just become full (Alg. 2, the memory rows).
+
+    The rows attend to k_F of the visible memories and to the whole block, never to the memory segments. With
+    initial_fam="summary" the first block has no memory yet: the riding rows take its place.
+    """
+    s = cfg["block_size"]
+    block = row.count // s - 1
+    memories = row.memories[-cfg["num_visible_memories"] :] or [(-1, rider)]
+    previous_block, asking = memories[-1]
+    if cfg["fam_query"] == "static" and row.memories:
+        asking = row.static
+    query_block = previous_block if cfg["fam_query_position"] == "previous" else block
+    q_f = project_query(asking, fam_positions(query_block, cfg, position_offset), weights, cfg)
+    k_f, v_f = project_memories(memories, weights, cfg, position_offset)
+    keys = np.stack(k_f + row.keys[block * s : (block + 1) * s])
+    values = np.stack(v_f + row.values[block * s : (block + 1) * s])
+    no_residual = row.fresh and row.memories  # riders keep theirs: they are the stream of the layer below
+    residual = np.zeros_like(asking) if no_residual else asking  # "FAM copy"
+    fam = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
+    return rms_norm(fam, 1.0, 1e-6) if cfg["fam_feedback"] == "normalized" else fam
+
+
+def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0, fresh=True, static=None, frozen=None):
+    """One layer over the next tokens of one row: x [T, D], real tokens only -> (y [T, D], row, info).
+
+    A stream starts with row=None and, if F > 0, with its memory fam0 [F, D]: F_0 of "prompt" or "prefix", or with
+    fresh=False a memory that was passed on or loaded, whose first update keeps its residual. `static` [F, D] is what
+    asks when fam_query="static", if that is not fam0. Without fam0, initial_fam="summary" starts with no memory.
+    It goes on with the `row` that the last call returned (left as it is; fam0, fresh and static then do not matter).
+
+    rider [F, D] is what the layer below wrote for the first block (layer 0: the learned rows), used only in the call
+    in which the first block of a "summary" stream becomes full.
+
+    frozen is the row that a recorded run over the same stream returned. Tokens then read keys and values of blocks
+    earlier than their own from it, so that finite differences see what stop_memory_gradient=True leaves.
+
+    info: "fam", the current memory [F, D] (None before a summary stream has one); "fams", the memories written in
+    this call; "rider", the one written for the first block of a summary stream, if in this call, else None.
+    """
+    s, with_fam = cfg["block_size"], cfg["fam_length"] > 0
+    if row is None:
+        row = Row(fresh=fresh, static=fam0 if static is None else static)
+        if with_fam and fam0 is not None:
+            row.memories.append((-1, np.asarray(fam0, dtype="float64")))
+        assert row.memories or not with_fam or cfg["initial_fam"] == "summary", "a stream starts from fam0 [F, D]"
+    row = row.copy()
+    outputs, fams, rider_out = [], [], None
+    x = np.asarray(x, dtype="float64")
+    while len(outputs) < len(x):
+        visible = row.memories[-cfg["num_visible_memories"] :]
+        k_f, v_f = project_memories(visible, weights, cfg, position_offset)  # once per block
+        block_end = (row.count // s + 1) * s
+        for i_t in x[len(outputs) : len(outputs) + block_end - row.count]:
+            i_t = i_t[None]
+            k, v = project_key_value(i_t, [row.count + position_offset], weights, cfg)
+            row.keys.append(k[0])
+            row.values.append(v[0])
+            outputs.append(token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen)[0])
+            row.count += 1
+        if with_fam and row.count == block_end:  # a partial last block writes no memory
+            assert row.memories or rider is not None, "a rider [F, D] is needed in the call that fills the first block"
+            fams.append(write_memory(row, rider, weights, cfg, position_offset))
+            if not row.memories:
+                row.static, rider_out = rider, fams[-1]
+            row.memories.append((row.count // s - 1, fams[-1]))
+            row.fresh = False
+    y = np.array(outputs).reshape(x.shape)
+    return y, row, {"fam": row.memories[-1][1] if row.memories else None, "fams": fams, "rider": rider_out}
+
+
+def batch_layer(x, padding_mask, weights, cfg, fam0=None, rows=None, rider=None, position_offset=0.0, fresh=True,
+                static=None, frozen=None):  # fmt: skip
+    """`layer` for every row of x [B, T, D] by itself -> (y [B, T, D], rows, infos), two lists of B.
+
+    Padding (padding_mask [B, T] False) does not exist: it is squeezed out before, and is 0 in y. fam0, rider, static
+    are shared [F, D] or one per row (a list of B, or [B, F, D]); offset and fresh are scalars or [B]; rows and frozen
+    are lists of B.
+    """
+    x = np.asarray(x, dtype="float64")
+    real = np.ones(x.shape[:2], dtype=bool) if padding_mask is None else np.asarray(padding_mask, dtype=bool)
+    fam0, rider, static = (per_row(value, len(x)) for value in (fam0, rider, static))
+    offsets, fresh = np.broadcast_to(position_offset, len(x)), np.broadcast_to(fresh, len(x))
+    rows, frozen = rows or [None] * len(x), frozen or [None] * len(x)
+    y, new_rows, infos = np.zeros_like(x), [], []
+    for b in range(len(x)):
+        y[b, real[b]], row, info = layer(x[b, real[b]], weights, cfg, fam0[b], rows[b], rider[b], offsets[b],
+                                         fresh[b], static[b], frozen[b])  # fmt: skip
+        new_rows.append(row)
+        infos.append(info)
+    return y, new_rows, infos
+
+
+def per_row(value, batch):
+    """A list of B from something shared (None or [F, D]) or already one per row (a list, or [B, F, D])."""
+    return list(value) if isinstance(value, (list, tuple)) or np.ndim(value) == 3 else [value] * batch
+
+
+def prompt_forward(rows, layers_weights, cfgs):
+    """F_0 [F, D] of each layer (App. B.1): the prompt rows [F, D] alone, up through the layers, seeing one another."""
+    x, initial = np.asarray(rows, dtype="float64"), []
+    for weights, cfg in zip(layers_weights, cfgs, strict=True):
+        initial.append(x)
+        positions = fam_positions(-1, cfg)
+        k, v = project_key_value(x, positions, weights, cfg)
+        x = finish(attend(project_query(x, positions, weights, cfg), k, v, cfg), x, weights, cfg)
+    return initial
+
+
+def initial_memories(weights, cfgs):
+    """The learned F_0 of each layer [F, D]; None where there is none (BSWA, or "summary")."""
+    if cfgs[0]["fam_length"] == 0 or cfgs[0]["initial_fam"] == "summary":
+        return [None] * len(cfgs)
+    if cfgs[0]["initial_fam"] == "prefix":
+        return [layer_weights["initial_fam"] for layer_weights in weights["layers"]]
+    return prompt_forward(weights["prompt"], weights["layers"], cfgs)
+
+
+def model(tokens, weights, cfg_list, padding_mask=None, rows=None, passed=None, position_offset=0.0, frozen=None):
+    """Logits of tokens [B, T] -> (logits [B, T, V], final memories per layer [B, F, D], rows[layer][b]).
+
+    rows: what the last call returned, to go on with. passed: random state passing (App. B.2.3), for each row None or
+    a list of L memories [F, D] to start from. frozen: the rows of a recorded run, see `layer`. Logits at padding are
+    0, and so is the memory of a row that has none yet ("summary" within the first block).
+    """
+    tokens, batch = np.asarray(tokens), len(tokens)
+    real = np.ones(tokens.shape, dtype=bool) if padding_mask is None else np.asarray(padding_mask, dtype=bool)
+    passed = passed or [None] * batch
+    x = weights["embedding"][np.where(real, tokens, 0)]
+    learned = initial_memories(weights, cfg_list)
+    riders, fams, new_rows = per_row(weights.get("prompt"), batch), [], []
+    for i, (layer_weights, cfg) in enumerate(zip(weights["layers"], cfg_list, strict=True)):
+        fam0 = [learned[i] if memories is None else memories[i] for memories in passed]
+        x, layer_rows, infos = batch_layer(
+            x, real, layer_weights, cfg, fam0, rows and rows[i], riders, position_offset,
+            [memories is None for memories in passed], learned[i], frozen and frozen[i])  # fmt: skip
+        riders = [info["rider"] for info in infos]  # of layers that did not fill the first block: None, and unused
+        none = np.zeros((cfg["fam_length"], x.shape[-1]))
+        fams.append(np.stack([none if info["fam"] is None else info["fam"] for info in infos]))
+        new_rows.append(layer_rows)
+    hidden = norm(x, weights, cfg_list[-1], "final_norm")
+    head = weights["head_kernel"] if "head_kernel" in weights else weights["embedding"].T
+    return np.where(real[..., None], hidden @ head, 0.0), fams, new_rows
+
+
+def gradient(fn, array, direction, eps=1e-5):
+    """Derivative of the scalar fn at array along direction (same shape), by central differences."""
+    return (fn(array + eps * direction) - fn(array - eps * direction)) / (2.0 * eps)
