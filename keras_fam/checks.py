@@ -101,10 +101,14 @@ class _Checker:
         return ops.concatenate(outputs, axis=1), state
 
     def check_isolation(self, x, y):
-        cut = self.tokens // 2 + 1
+        """Cuts inside a block and at its end; in layers the other future is large, so that no leak rounds away."""
         other = self.random_input(self.tokens)
-        changed = np.concatenate([x[:, :cut], other[:, cut:]], axis=1)
-        self.exact("future", _numpy(self.layer(changed))[:, :cut], y[:, :cut])
+        if self.vocabulary is None:
+            other = other * 100
+        whole = self.tokens // self.block_size // 2 * self.block_size or self.block_size
+        for cut in {whole, whole - 1, whole + self.block_size // 2} & set(range(1, self.tokens)):
+            changed = np.concatenate([x[:, :cut], other[:, cut:]], axis=1)
+            self.exact("future", _numpy(self.layer(changed))[:, :cut], y[:, :cut])
         changed = np.array(x)
         changed[1:] = np.nan if self.vocabulary is None else other[1:]
         self.exact("rows", _numpy(self.layer(changed))[:1], y[:1])
@@ -169,7 +173,7 @@ class _Checker:
 
     def exact(self, contract, actual, expected):
         difference = np.abs(actual.astype("float64") - expected.astype("float64")).max()
-        self.report[contract] = float(difference)
+        self.report[contract] = max(self.report.get(contract, 0.0), float(difference))
         if not difference == 0:
             raise AssertionError(
                 f"{self.layer.name}: `{contract}`: outputs change by {difference:.2e}; exactly 0 is due"

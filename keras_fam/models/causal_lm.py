@@ -40,6 +40,12 @@ class TransformerFAMCausalLM(StreamingModelMixin, keras.Model):
             weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
 
+    def compile_from_config(self, config):
+        """Compiles a loaded model as the saved one was, optimizer included."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
     @property
     def output_width(self):
         return self.backbone.vocabulary_size
