@@ -237,12 +237,17 @@ class FeedbackAttention(StreamingLayer):
 
     # Projections ------------------------------------------------------------------------------------------------
 
+    @property
+    def query_scale(self):
+        """Factor of the logits, taken into the queries."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
     def project_query(self, x):
         """Scaled, normed queries `[B, *, N, H]`, not rotated."""
         query = run_rows(self.query, x)
         if self.query_norm is not None:
             query = run(self.query_norm, query)
-        return query * (self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale)
+        return query * self.query_scale
 
     def project_key_value(self, x):
         """Keys (normed, not rotated) and values, each `[B, *, K, H]`."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_fam.layers.memory_rows import MemoryRows
 from keras_fam.ops import visibility
 from keras_fam.ops.attention import attend
 from keras_fam.ops.dropout import fold, noise
@@ -22,6 +23,7 @@ class Memory(NamedTuple):
     """A memory and its projections while blocks are read."""
 
     fam: Any  # [B, F, D], float32 or wider
+    residual: Any  # [B, F, D], what the next update adds to; zeros before the first
     query: Any  # [B, F, N, H]
     key: Any  # [B, P·F, K, H], newest memory first
     value: Any  # [B, P·F, K, H]
@@ -75,9 +77,6 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
         "value": ops.moveaxis(values[:, :num_updates], 1, 0),
     }
     step_index = ops.arange(num_updates, dtype="int32")
-    if layer.initial_fam != "summary":  # zero residual at the first update after a fresh start
-        keep = ops.logical_or(ops.expand_dims(step_index, 1) > 0, ops.logical_not(cursor.fresh))
-        xs["gate"] = ops.cast(keep, layer.memory_dtype)[:, :, None, None]
     if not every_row:
         xs["active"] = ops.expand_dims(step_index, 1) < completed
     if P > 1:
@@ -88,12 +87,18 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
     if seed is not None:
         xs["seed"] = fold(seed, 4 * step_index + 2)
 
+    project = MemoryRows(layer, with_query=static is None)
+
     def initial():
         fam, key, value = first
-        return Memory(fam, layer.memory_query(norm(fam if static is None else static), start), key, value)
+        query = layer.memory_query(norm(fam if static is None else static), start)
+        residual = fam if static is None else static
+        if layer.initial_fam != "summary":  # the first update after a fresh start has no residual
+            residual = residual * ops.cast(ops.logical_not(cursor.fresh), residual.dtype)[:, None, None]
+        return Memory(fam, residual, query, key, value)
 
     def step(memory, x):
-        new = _update(layer, memory, x, static, norm, write)
+        new = _update(layer, memory, x, static, norm, write, project)
         if "active" in x:
             new = where_rows(x["active"], new, memory)
         read = (memory.key, memory.value)
@@ -150,7 +155,7 @@ def _first_memory(layer, state, cursor, rider, norm, start):
     return memory, None if static is None else where_rows(cursor.fresh, rider, static)
 
 
-def _update(layer, memory, x, static, norm, write):
+def _update(layer, memory, x, static, norm, write, project):
     """F_τ from F_{τ−1} and one block: attend to the memories and the whole block, then write."""
     mask = None
     if "visible" in x:
@@ -161,31 +166,24 @@ def _update(layer, memory, x, static, norm, write):
     key = ops.concatenate([memory.key, x["key"]], axis=1)
     value = ops.concatenate([memory.value, x["value"]], axis=1)
     attended = layer.project_output(attend(memory.query, key, value, mask, layer.attention_softcap))
-    residual = memory.fam if static is None else static
-    if "gate" in x:
-        residual = residual * x["gate"]
-    fam = write(attended, residual, x.get("seed"))
+    fam = write(attended, memory.residual, x.get("seed"))
     if layer.fam_feedback == "normalized":
         fam = fam * ops.rsqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True) + RMS_EPSILON)
     if layer.fam_noise and "seed" in x:
         size = layer.fam_noise * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
         fam = fam + size * noise(ops.shape(fam), fam.dtype, fold(x["seed"], 3))
-    return _read_for_next_block(layer, memory, fam, static, norm, x.get("start"))
+    return _read_for_next_block(layer, memory, fam, static, norm, project, x.get("start"))
 
 
-def _read_for_next_block(layer, memory, fam, static, norm, start):
+def _read_for_next_block(layer, memory, fam, static, norm, project, start):
     """Projects a new memory once, for all tokens and rows of the next block; older memories move one block back."""
-    normed = norm(fam)
-    key, value = layer.memory_key_value(normed, start)
+    query, key, value = project(norm(fam), start)
     if layer.num_visible_memories > 1:
         kept = (layer.num_visible_memories - 1) * layer.fam_length
         key = ops.concatenate([key, rotate(memory.key[:, :kept], layer.positions.back(1))], axis=1)
         value = ops.concatenate([value, memory.value[:, :kept]], axis=1)
-    query = layer.memory_query(normed, start) if static is None else _static_query(layer, memory, static, norm, start)
-    return Memory(fam, query, key, value)
-
-
-def _static_query(layer, memory, static, norm, start):
+    if static is None:
+        return Memory(fam, fam, query, key, value)
     if layer.fam_position == "zero":  # the one case in which the query's place moves
-        return layer.memory_query(norm(static), start)
-    return memory.query
+        return Memory(fam, static, layer.memory_query(norm(static), start), key, value)
+    return Memory(fam, static, memory.query, key, value)

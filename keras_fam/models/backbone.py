@@ -283,11 +283,11 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
             y, state = self._advance_layers(
                 given["x"], state, start="boundary", lengths=given.get("lengths"), seed=given.get("seed")
             )
-            return state, y
+            return state, (y,)
 
         if self.remat and training:
             body = remat(body, self.trainable_variables)
-        state, ys = scan(body, state, xs, xs["x"][0])
+        state, (ys,) = scan(body, state, xs, (xs["x"][0],))
         y = ops.reshape(ops.moveaxis(ys, 0, 1), (-1, num_steps * size, self.hidden_dim))
         if length % size:
             rest = None if lengths is None else ops.maximum(lengths - num_steps * size, 0)

@@ -47,13 +47,13 @@ def attend(query, key, value, mask=None, softcap=None):
 def _attend_torch(query, key, value, mask):
     from torch.nn.functional import scaled_dot_product_attention
 
-    query, key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if mask is not None:
         mask = ops.expand_dims(mask, -3)
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=1.0, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return ops.transpose(out, (0, 2, 1, 3))
+    return out.transpose(1, 2)
 
 
 def split_heads(x, kv_heads):

@@ -71,6 +71,14 @@ def rotate(x, table):
     return ops.cast(rotated, x.dtype)
 
 
+def rotate_whole(x, table):
+    """`rotate` with tables made for whole heads (`BlockPositions.memory_heads`): few operations, for few rows."""
+    cos, sin = table
+    wide = ops.cast(x, cos.dtype)
+    turned = wide * cos if sin is None else wide * cos + ops.roll(wide, x.shape[-1] // 2, axis=-1) * sin
+    return ops.cast(turned, x.dtype)
+
+
 def memory_positions(fam_length, block_size, fam_position):
     """Places of the memory rows, relative to the start of the block *after* the one they compressed, float64 `[F]`.
 
@@ -100,7 +108,7 @@ class BlockPositions:
     def __init__(
         self, *, head_dim, block_size, fam_length, fam_position, fam_query_position, wavelength, scaling, dtype
     ):
-        self.block_size, self.dtype = block_size, dtype
+        self.head_dim, self.block_size, self.dtype = head_dim, block_size, dtype
         self.zero = fam_position == "zero"
         self.inverse = None if wavelength is None else inverse_wavelengths(head_dim, wavelength, scaling)
         if self.inverse is None:
@@ -133,6 +141,21 @@ class BlockPositions:
     def memory_query(self, start):
         """Table for queries of memory rows about to compress the block that starts at `start`."""
         return self._memory(start, "_memory_query")
+
+    def memory_heads(self, num_queries, num_keys, query_scale):
+        """Tables `[F, queries + keys, H]` for `rotate_whole`: queries, scaled, and behind them keys. Not for
+        `fam_position="zero"`. The second table is None where nothing is rotated."""
+
+        def spread(query, key, sign):
+            parts = [np.concatenate([sign * t, t], axis=-1) for t in (query, key)]
+            heads = [np.repeat(t[:, None], n, axis=1) for t, n in zip(parts, (num_queries, num_keys), strict=True)]
+            return np.concatenate([heads[0] * query_scale, heads[1]], axis=1).astype(self.dtype)
+
+        if self.inverse is None:
+            ones = np.ones((1, self.head_dim // 2))
+            return spread(ones, ones, 1), None
+        pairs = zip(self._memory_query, self._memory_key, (1, -1), strict=True)
+        return tuple(spread(query, key, sign) for query, key, sign in pairs)
 
     def _memory(self, start, table):
         if self.inverse is None:

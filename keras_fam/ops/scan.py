@@ -15,16 +15,16 @@ def scan(step, carry, xs, y_like):
     A compiled loop on JAX and TensorFlow, a Python loop on torch (as fast there as any, see the README).
 
     Args:
-        step: function of `(carry, x)`; structures may be nested, the carry keeps its shapes and dtypes.
+        step: function of `(carry, x)`; the carry may be nested and keeps its shapes and dtypes.
         carry: initial carry.
-        xs: structure of tensors `[n, ...]`, n ≥ 1 (TensorFlow also takes an n that is only known at run time).
-        y_like: structure of tensors with the shapes and dtypes of one `y`; their values are not read.
+        xs: dict of tensors `[n, ...]`, n ≥ 1 (TensorFlow also takes an n that is only known at run time).
+        y_like: tuple of tensors with the shapes and dtypes of one `y`; their values are not read.
 
     Returns:
         `(carry, ys)` with `ys` stacked over a leading axis of length n.
     """
     backend = keras.backend.backend()
-    length = keras.tree.flatten(xs)[0].shape[0]
+    length = next(iter(xs.values())).shape[0]
     if backend == "jax" and not (length <= MAX_EAGER_STEPS and all(map(is_eager, keras.tree.flatten((carry, xs))))):
         import jax
 
@@ -33,9 +33,9 @@ def scan(step, carry, xs, y_like):
         return _scan_tensorflow(step, carry, xs, y_like)
     outputs = []
     for i in range(length):
-        carry, y = step(carry, keras.tree.map_structure(lambda x, i=i: x[i], xs))
+        carry, y = step(carry, {name: x[i] for name, x in xs.items()})
         outputs.append(y)
-    return carry, keras.tree.map_structure(lambda *y: ops.stack(y, axis=0), *outputs)
+    return carry, tuple(ops.stack(y, axis=0) for y in zip(*outputs, strict=True))
 
 
 def branch(predicate, true, false):
