@@ -8,11 +8,22 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fam import sessions
+from keras_fam.carried import StreamTraining, predict_chunks
 from keras_fam.ops.backend import compiled
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 
 
-class StreamingModel:
+def _last(outputs, before, lengths):
+    """Outputs after the last token of each row, float32 `[B, V]`; `before` in rows without tokens."""
+    if lengths is None:
+        return ops.cast(outputs[:, -1], "float32")
+    place = ops.maximum(lengths - 1, 0)[:, None, None]
+    last = ops.cast(ops.take_along_axis(outputs, place, axis=1)[:, 0], "float32")
+    return ops.where(lengths[:, None] > 0, last, before)
+
+
+class StreamingModel(StreamTraining):
     """Streams through a TransformerFAM model, at constant memory.
 
     ```python
@@ -28,6 +39,8 @@ class StreamingModel:
 
     Attributes:
         position: int64 NumPy `[B]`, tokens read by each row since its start.
+        next_logits: float32 tensor `[B, V]`, a language model's logits after the last token of each row; NaN in rows
+            where nothing was read since a reset or `set_state`; `()` for models without logits.
     """
 
     def __init__(self, model, batch_size: int, *, blocks_per_step: int = 4):
@@ -45,21 +58,34 @@ class StreamingModel:
 
     # Reading ----------------------------------------------------------------------------------------------------
 
-    def predict(self, chunk, lengths=None):
+    def predict(self, chunk, lengths=None, *, steps=None, verbose=0, callbacks=None, collect=True):
         """Outputs for the next tokens of every row.
 
         Args:
-            chunk: int `[B, T]` token ids (or `[B, T, D]` for a layer), T ≥ 1.
+            chunk: int `[B, T]` token ids (or `[B, T, D]` for a layer), T ≥ 1; or a `PyDataset`, `tf.data.Dataset` or
+                iterator of successive chunks: arrays, or dicts of `"token_ids"` and perhaps `"lengths"` and `"reset"`
+                (bool `[B]`: rows that start anew before the chunk). Targets beside them are left out.
             lengths: None, or int `[B]`: how many of the T tokens exist in each row; the rest is padding and its
                 outputs are 0.
+            steps: None, or how many chunks of a dataset are read.
+            verbose: 0, or 1 for Keras' progress bar over a dataset.
+            callbacks: Keras callbacks, called for each chunk of a dataset.
+            collect: False drops the outputs of a dataset once the callbacks have seen them (`logs["outputs"]`).
 
         Returns:
-            NumPy `[B, T, …]`.
+            NumPy `[B, T, …]`, over a dataset with all its tokens; None if they were not collected.
 
         Raises:
             ValueError: for a chunk or lengths that do not fit. The streams are then as they were, as after any
                 exception.
         """
+        if not isinstance(chunk, (list, tuple)) and not hasattr(chunk, "shape"):
+            return predict_chunks(self, chunk, steps=steps, verbose=verbose, callbacks=callbacks, collect=collect)
+        outputs = self._read(chunk, lengths)
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=1)
+
+    def _read(self, chunk, lengths=None, keep=True):
+        """`predict` with the outputs as a list of pieces; none are fetched unless `keep`."""
         chunk = np.asarray(chunk)
         if chunk.ndim < 2 or chunk.shape[0] != self.batch_size or chunk.shape[1] == 0:
             raise ValueError(
@@ -76,17 +102,18 @@ class StreamingModel:
                 )
             if (lengths == total).all():
                 lengths = None
-        state, position, outputs, first = self._state, self.position, [], 0
+        state, position, outputs, first = (self._state, self.next_logits), self.position, [], 0
         while first < total:
             size, aligned = self._next_piece(total - first, position, lengths)
             piece = chunk[:, first : first + size]
             taken = None if lengths is None else np.clip(lengths - first, 0, size).astype("int32")
             output, state = self._run(piece, state, taken, aligned)
-            outputs.append(output)
+            if keep:
+                outputs.append(ops.convert_to_numpy(output)[:, :size])
             position = position + (size if taken is None else taken)
             first += size
-        self._state, self.position = state, position
-        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=1)
+        (self._state, self.next_logits), self.position = state, position
+        return outputs
 
     def _next_piece(self, left, position, lengths):
         """`(size, aligned)` of the next piece: whole steps or blocks where all rows stand at a boundary."""
@@ -108,15 +135,17 @@ class StreamingModel:
             piece = np.pad(piece, [(0, 0), (0, padded - size)] + [(0, 0)] * (piece.ndim - 2))
         key = (aligned, lengths is not None)
         if key not in self._programs:
-            self._programs[key] = compiled(self._step(*key), lambda: self.model.variables)
+            self._programs[key] = compiled(self._step(aligned), lambda: self.model.variables)
         given = () if lengths is None else (ops.convert_to_tensor(lengths),)
-        output, state = self._programs[key](ops.convert_to_tensor(piece), state, *given)
-        return ops.convert_to_numpy(output)[:, :size], state
+        return self._programs[key](ops.convert_to_tensor(piece), state, *given)
 
-    def _step(self, aligned, has_lengths):
-        if has_lengths:
-            return lambda piece, state, lengths: self.model.advance(piece, state, lengths=lengths, aligned=aligned)
-        return lambda piece, state: self.model.advance(piece, state, aligned=aligned)
+    def _step(self, aligned):
+        def step(piece, state, lengths=None):
+            state, logits = state
+            outputs, state = self.model.advance(piece, state, lengths=lengths, aligned=aligned)
+            return outputs, (state, logits if isinstance(logits, tuple) else _last(outputs, logits, lengths))
+
+        return step
 
     # State ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +164,7 @@ class StreamingModel:
             self._start_anew()
             return
         rows = self._check_rows(rows)
-        self._state = replace_rows(self._state, rows, self.model.get_initial_state(len(rows)))
+        self._replace(rows, self.model.get_initial_state(len(rows)), self._unknown(len(rows)))
         self.position = self.position.copy()
         self.position[rows] = 0
 
@@ -143,36 +172,92 @@ class StreamingModel:
         """A `StreamState` of some rows (all if None), to be kept or handed to `set_state`."""
         return self._state if rows is None else select_rows(self._state, self._check_rows(rows))
 
-    def set_state(self, state, rows=None):
+    def set_state(self, state, rows=None, next_logits=None):
         """Puts streams in place of the ones in `rows` (all if None).
 
         Args:
             state: `StreamState` of as many rows, of the same model.
             rows: None or a sequence of row numbers.
+            next_logits: None (not known: these rows have to read a token before they generate), or `[rows, V]`.
 
         Raises:
-            ValueError: if the state does not fit, or holds NaN; the streams are then as they were.
+            ValueError: if the state or the logits do not fit, or holds NaN; the streams are then as they were.
         """
         rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
         check_structure(state, self.model.state_spec(len(rows)), self.model.name)
         check_finite(state, self.model.name)
+        logits = self._unknown(len(rows))
+        if next_logits is not None:
+            expected = tuple(getattr(logits, "shape", ()))
+            if tuple(np.shape(next_logits)) != expected:
+                raise ValueError(f"`next_logits` has shape {expected}; received {tuple(np.shape(next_logits))}.")
+            logits = ops.cast(next_logits, "float32") if expected else ()
         blocks = ops.convert_to_numpy(state.cursor.block_index).astype("int64")
         position = self.position.copy()
         position[rows] = blocks * self.block_size + ops.convert_to_numpy(state.cursor.offset)
-        self._state = replace_rows(self._state, rows, state)
+        self._replace(rows, state, logits)
         self.position = position
+
+    def save_state(self, path, rows=None):
+        """Saves streams to one safetensors file, atomically, in the place of what is there; see `keras_fam.sessions`.
+
+        Args:
+            path: the file, `*.safetensors` by custom.
+            rows: None (all) or a sequence of row numbers.
+
+        Raises:
+            ValueError: for rows that do not exist, or a state that holds NaN.
+            OSError: if the file cannot be written; what was there is then whole.
+        """
+        rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
+        extras = {"position": self.position[rows]}
+        if not isinstance(self.next_logits, tuple):
+            extras["next_logits"] = ops.convert_to_numpy(self.next_logits)[rows]
+        sessions.save(path, self.model, self.get_state(rows), extras)
+
+    def load_state(self, path, rows=None, *, check_weights=True):
+        """Puts the streams of a file, saved under any backend, in place of the ones in `rows`.
+
+        Args:
+            path: a file that `save_state` wrote.
+            rows: None (all), or the row numbers that the file's streams go to, in order.
+            check_weights: whether the weights have to be those that wrote the file.
+
+        Raises:
+            ValueError: if the file is damaged, of another model or other weights, or has another number of rows; the
+                streams are then as they were.
+        """
+        rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
+        state, extras = sessions.load(path, self.model, check_weights=check_weights)
+        found = int(state.cursor.offset.shape[0])
+        if found != len(rows):
+            raise ValueError(
+                f"A file's streams go to as many rows; {path} has {found}, received {len(rows)}. Name {found} rows."
+            )
+        self.set_state(state, rows, next_logits=extras.get("next_logits"))
+        self.position[rows] = extras["position"]
 
     def fork(self, row: int, to):
         """Copies stream `row` to the rows `to` (a row number or a sequence), which go on from there on their own."""
         to = self._check_rows([to] if isinstance(to, int) else to)
         source = self._check_rows([row])
-        self._state = replace_rows(self._state, to, select_rows(self._state, np.repeat(source, len(to))))
+        self._replace(to, *select_rows((self._state, self.next_logits), np.repeat(source, len(to))))
         self.position = self.position.copy()
         self.position[to] = self.position[source[0]]
 
     def _start_anew(self):
-        self._state = self.model.get_initial_state(self.batch_size)
+        self._state, self.next_logits = self.model.get_initial_state(self.batch_size), self._unknown(self.batch_size)
         self.position = np.zeros(self.batch_size, "int64")
+
+    def _unknown(self, count):
+        """Logits of rows that have read nothing."""
+        if not hasattr(self.model, "backbone"):
+            return ()
+        return ops.full((count, self.model.output_width), float("nan"), "float32")
+
+    def _replace(self, rows, state, logits):
+        held = self._state, self.next_logits
+        self._state, self.next_logits = replace_rows(held, rows, (state, logits))
 
     def _check_rows(self, rows):
         array = np.asarray(rows).reshape(-1)

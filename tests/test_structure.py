@@ -9,7 +9,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
-ORDER = ["ops.backend", "state", "ops", "layers", "models", "data", "checks", "streaming", ""]
+ORDER = ["ops.backend", "state", "ops", "layers", "models", "data", "checks", "session_file", "sessions", "carried", "streaming", ""]
 BACKEND_PLACES = {"ops/backend.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}
 

@@ -1,0 +1,249 @@
+"""Kills processes while they save sessions, and damages session files, to see what is left and what is let in.
+
+    KERAS_BACKEND=torch python examples/session_faults.py --kills 200 --mutations 1000 --out out/session_faults.json
+
+Each kill: a process saves two sessions in turns to one path and gets SIGKILL at a random moment; the file then has to
+load, as one of the two, whole. Each mutation: a session file with flipped bits, cut, with bytes swapped, put in, moved
+or zeroed, or the whole file of another model or version; loading has to raise ValueError.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import signal
+import sys
+import tempfile
+import time
+
+import keras
+import numpy as np
+
+import keras_fam
+from keras_fam import sessions
+from keras_fam.state import named_leaves
+
+
+def build(width, seed=0, **changes):
+    keras.utils.set_random_seed(seed)
+    settings = {"vocabulary_size": 64, "num_layers": 2, "hidden_dim": width, "num_query_heads": 4,
+                "intermediate_dim": 2 * width, "block_size": 16, "memory_segments": 1, "fam_length": 4}  # fmt: skip
+    model = keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(**{**settings, **changes}))
+    model.build()
+    return model
+
+
+def two_sessions(model, rows, rng):
+    """Two states of a stream, one read later than the other."""
+    stream = keras_fam.StreamingModel(model, rows)
+    found = []
+    for _ in range(2):
+        stream.predict(rng.integers(0, 64, (rows, 16)))
+        found.append((stream.state, {"position": stream.position}))
+    return found
+
+
+def contents(state, extras):
+    arrays = {name: keras.ops.convert_to_numpy(leaf) for name, leaf in named_leaves(state)}
+    return {name: array.tobytes() for name, array in {**arrays, **extras}.items()}
+
+
+def save_for_ever(path, model, pair, ready):
+    """A child process: saves both sessions in turns until it is killed."""
+    count = 0
+    while True:
+        sessions.save(path, model, *pair[count % 2])
+        count += 1
+        os.write(ready, b".")
+
+
+def kill_writers(path, model, pair, kills, rng):
+    """How `kills` killed writers left the file; raises if it is not one of the two sessions."""
+    known = [contents(*session) for session in pair]
+    sessions.save(path, model, *pair[0])
+    left, saves, partial = collections.Counter(), 0, 0
+    start = time.perf_counter()
+    for _ in range(20):
+        sessions.save(path, model, *pair[0])
+    one_save = (time.perf_counter() - start) / 20
+    for _ in range(kills):
+        reading, ready = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.close(reading)
+                save_for_ever(path, model, pair, ready)
+            finally:
+                os._exit(1)
+        os.close(ready)
+        os.read(reading, 1)  # its first save is done
+        time.sleep(rng.uniform(0, 5 * one_save))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            raise AssertionError("The writer ended by itself: its error is printed above.")
+        while done := os.read(reading, 4096):
+            saves += len(done)
+        os.close(reading)
+        found = contents(*sessions.load(path, model))
+        if found not in known:
+            raise AssertionError("The file is neither of the two sessions.")
+        left["AB"[known.index(found)]] += 1
+        names = sorted(os.listdir(path.parent))
+        if names not in ([path.name], [f".{path.name}.partial", path.name]):
+            raise AssertionError(f"The folder holds {names}.")
+        partial += len(names) == 2
+    sessions.save(path, model, *pair[0])
+    if os.listdir(path.parent) != [path.name]:
+        raise AssertionError("A killed writer's partial file was not taken over.")
+    return {
+        "kills": kills,
+        "whole": sum(left.values()),
+        "session_a": left["A"],
+        "session_b": left["B"],
+        "killed_while_writing_bytes": partial,
+        "saves_before_kills": saves,
+        "ms_per_save": round(1e3 * one_save, 2),
+    }
+
+
+def reseal(data):
+    """Gives changed bytes a right digest."""
+    start = data.index(b'"digest":"') + 10
+    blank = data[:start] + b"0" * 64 + data[start + 64 :]
+    return blank[:start] + hashlib.blake2b(blank, digest_size=32).hexdigest().encode() + blank[start + 64 :]
+
+
+def mutate(kind, data, foreign, rng):
+    """The bytes of a session file, changed."""
+    header = 8 + int.from_bytes(data[:8], "little")
+    place, other = (int(n) for n in rng.integers(len(data), size=2))
+    changed = bytearray(data)
+    if kind in ("bit", "bit of the header"):
+        changed[place if kind == "bit" else rng.integers(header)] ^= 1 << rng.integers(8)
+    elif kind == "several bits":
+        for place in rng.integers(len(data), size=rng.integers(2, 20)):
+            changed[place] ^= 1 << rng.integers(8)
+    elif kind == "cut":
+        del changed[place:]
+    elif kind == "cut in the header":
+        del changed[rng.integers(header) :]
+    elif kind == "swapped bytes":
+        changed[place], changed[other] = changed[other], changed[place]
+    elif kind == "moved piece":
+        piece = changed[place : place + 512]
+        changed[other : other + len(piece)] = piece
+    elif kind == "bytes put in":
+        changed[place:place] = rng.bytes(int(rng.integers(1, 100)))
+    elif kind == "zeroed sector":
+        first = place // 512 * 512
+        changed[first : first + 512] = bytes(len(changed[first : first + 512]))
+    elif kind == "noise":
+        changed = rng.bytes(len(data))
+    elif kind == "other version":
+        version = b'"format_version":"%d"' % rng.integers(2, 10)
+        changed = reseal(data.replace(b'"format_version":"1"', version))
+    else:
+        changed = foreign[rng.integers(len(foreign))]
+    return bytes(changed)
+
+
+KINDS = ("bit", "bit of the header", "several bits", "cut", "cut in the header", "swapped bytes", "moved piece",
+         "bytes put in", "zeroed sector", "noise", "other version", "other model")  # fmt: skip
+
+
+def damage_files(path, model, foreign, mutations, rng):
+    """How `mutations` damaged files were taken: refused with ValueError, accepted, or another exception."""
+    data, done, tried = path.read_bytes(), 0, 0
+    refused, accepted, crashed = (collections.Counter() for _ in range(3))
+    while done < mutations:
+        kind = KINDS[tried % len(KINDS)]
+        tried += 1
+        changed = mutate(kind, data, foreign, rng)
+        if changed == data:  # two equal bytes swapped, zeros zeroed
+            continue
+        done += 1
+        path.write_bytes(changed)
+        try:
+            sessions.load(path, model)
+        except ValueError:
+            refused[kind] += 1
+        except Exception:
+            crashed[kind] += 1
+        else:
+            accepted[kind] += 1
+    path.write_bytes(data)
+    sessions.load(path, model)
+    return {"mutations": done, "refused": dict(refused), "accepted": dict(accepted), "other_errors": dict(crashed)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    args = parser.parse_args()
+    if args.kills and keras.backend.backend() != "torch":
+        # A fork of a process with the threads of JAX or TensorFlow may hang; the file is the same.
+        sys.exit("Writers are forked, which is safe on torch alone: set KERAS_BACKEND=torch, or pass --kills 0.")
+    if args.kills:
+        import torch
+
+        torch.set_num_threads(1)
+    rng = np.random.default_rng(args.seed)
+    model = build(args.width, args.seed)
+    pair = two_sessions(model, args.rows, rng)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "session.safetensors"
+        sessions.save(path, model, *pair[0])
+        size, foreign = path.stat().st_size, []
+        others = ({"seed": args.seed + 1}, {"num_layers": 1}, {"block_size": 32}, {"fam_length": 0},
+                  {"rope_wavelength": 5e5}, {"fam_feedback": "normalized"}, {"vocabulary_size": 65})  # fmt: skip
+        for changes in others:
+            other = build(args.width, **{"seed": args.seed, **changes})
+            sessions.save(path, other, other.get_initial_state(args.rows))
+            foreign.append(path.read_bytes())
+        started = time.perf_counter()
+        killed = kill_writers(path, model, pair, args.kills, rng) if args.kills else None
+        between = time.perf_counter()
+        sessions.save(path, model, *pair[0])
+        damaged = damage_files(path, model, foreign, args.mutations, rng)
+        ended = time.perf_counter()
+    report = {
+        "command": " ".join(["examples/session_faults.py", *sys.argv[1:]]),
+        "backend": keras.backend.backend(),
+        "keras_fam": keras_fam.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "seed": args.seed,
+        "file_bytes": size,
+        "kills": killed,
+        "damage": damaged,
+        "seconds": {"kills": round(between - started, 1), "damage": round(ended - between, 1)},
+    }
+    if killed:
+        print(f"{killed['kills']} writers killed: {killed['whole']} files whole "
+              f"({killed['session_a']} A, {killed['session_b']} B), "
+              f"{killed['killed_while_writing_bytes']} killed with a partial file, none left behind.")  # fmt: skip
+    refused, accepted, crashed = (damaged[name] for name in ("refused", "accepted", "other_errors"))
+    print(f"{damaged['mutations']} damaged files: {sum(refused.values())} refused with ValueError, "
+          f"{sum(accepted.values())} accepted, {sum(crashed.values())} other errors.")  # fmt: skip
+    for kind, count in refused.items():
+        print(f"  {kind:20} {count:4} refused")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if accepted or crashed:
+        sys.exit(f"Accepted: {dict(accepted)}; other errors: {dict(crashed)}")
+
+
+if __name__ == "__main__":
+    main()
