@@ -60,6 +60,15 @@ class CarriedState(keras.Model):
         self.held.append(variable)
 
     def call(self, inputs, training=None):
+        outputs, state = self.read(inputs, training)
+        self.hold(keras.tree.map_structure(ops.stop_gradient, state))
+        return outputs
+
+    def read(self, inputs, training=None):
+        """Outputs of a chunk and the state behind it, which gradients still pass; what is held stays as it is.
+
+        For subclasses that look at the state before they `hold` it, for example to ask questions on the side.
+        """
         tokens, lengths, padding_mask, reset = unpack(inputs)
         length = tokens.shape[1]
         if self.aligned is None:
@@ -81,8 +90,7 @@ class CarriedState(keras.Model):
             outputs, state = self.wrapped(
                 tokens, padding_mask=padding_mask, initial_state=state, return_state=True, training=training
             )
-        self.hold(keras.tree.map_structure(ops.stop_gradient, state))
-        return outputs
+        return outputs, state
 
     def check(self, tokens, lengths=None, padding_mask=None):
         """Raises ValueError unless a chunk has a row for each stream, and whole blocks if they were promised."""

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_fam import sessions
 from keras_fam.carried import StreamTraining, predict_chunks
+from keras_fam.generation import generate, generate_stream
 from keras_fam.ops.backend import compiled
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 
@@ -29,7 +30,9 @@ class StreamingModel(StreamTraining):
     ```python
     stream = keras_fam.StreamingModel(lm, batch_size=4)
     logits = stream.predict(chunk)     # [4, T, V] for any T; the next call goes on where this one stopped
+    tokens = stream.generate(max_new_tokens=20)
     stream.reset_state(rows=[2])
+    stream.save_state("session.safetensors")
     ```
 
     Args:
@@ -146,6 +149,8 @@ class StreamingModel(StreamTraining):
             return outputs, (state, logits if isinstance(logits, tuple) else _last(outputs, logits, lengths))
 
         return step
+
+    generate, generate_stream = generate, generate_stream
 
     # State ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The shape of the house: imports point one way, backend code stands in three places, modules stay readable."""
+"""The shape of the house: imports point one way, backend code stands in four places, modules stay readable."""
 
 import ast
 import pathlib
@@ -9,7 +9,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
-ORDER = ["ops.backend", "state", "ops", "layers", "models", "data", "checks", "session_file", "sessions", "carried", "streaming", ""]
+ORDER = [
+    *("ops.backend", "state", "ops", "layers", "session_file", "sessions", "sampling", "generation", "carried"),
+    *("streaming", "completion", "models", "data", "checks", "export", "hub", ""),
+]
 BACKEND_PLACES = {"ops/backend.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}
 
@@ -55,7 +58,7 @@ def test_backend_code_stands_in_three_places(path):
     text = path.read_text()
     tree = ast.parse(text)
     named = {name.split(".")[0] for _, name in imports(tree)} & BACKENDS
-    if place not in BACKEND_PLACES:
+    if place not in BACKEND_PLACES and not place.startswith("export/"):
         assert not named, f"{place} imports {named}"
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Compare)):
             assert "backend()" not in ast.unparse(call), f"{place} branches on the backend"

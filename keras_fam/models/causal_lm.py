@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_fam.completion import generate_from
 from keras_fam.models.backbone import TransformerFAMBackbone
 from keras_fam.models.streaming_call import StreamingModelMixin
 
@@ -31,9 +32,11 @@ class TransformerFAMCausalLM(StreamingModelMixin, keras.Model):
         self.backbone.build(input_shape)
         self.built = True
 
-    def compile(self, optimizer="adam", loss="auto", *, weighted_metrics="auto", **kwargs):
+    def compile(self, optimizer="adam", loss="auto", *, weighted_metrics="auto", sampler="top_k", **kwargs):
         """As `keras.Model.compile`; the defaults are next-token cross-entropy and accuracy, weighted by the loss
-        weights."""
+        weights. `sampler` is what `generate` uses: a name or an object of `keras_hub.samplers`; it is not saved."""
+        self.sampler = sampler
+        vars(self).pop("_generation_streams", None)
         if loss == "auto":
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if weighted_metrics == "auto":
@@ -45,6 +48,11 @@ class TransformerFAMCausalLM(StreamingModelMixin, keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+        return generate_from(self, inputs, max_length, stop_token_ids, strip_prompt)
+
+    generate.__doc__ = generate_from.__doc__
 
     @property
     def output_width(self):

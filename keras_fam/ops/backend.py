@@ -117,7 +117,16 @@ def compiled(function, variables):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, reduce_retracing=False)
+        programs = {}
+
+        def run(*args):  # LoRA and quantization replace variables, which a traced program would not see
+            key = tuple(map(id, variables()))
+            if key not in programs:
+                programs.clear()
+                programs[key] = tf.function(function, reduce_retracing=False)
+            return programs[key](*args)
+
+        return run
     import torch
 
     return torch.no_grad()(function)
