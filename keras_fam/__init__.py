@@ -1,6 +1,7 @@
 """TransformerFAM for Keras 3: feedback attention as working memory (arXiv 2404.09173), on three backends."""
 
 from keras_fam.checks import check_streaming
+from keras_fam.export import export_serving
 from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
@@ -22,5 +23,6 @@ __all__ = [
     "TransformerFAMBlock",
     "TransformerFAMCausalLM",
     "check_streaming",
+    "export_serving",
     "preset",
 ]

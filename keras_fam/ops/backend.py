@@ -123,7 +123,7 @@ def compiled(function, variables):
             key = tuple(map(id, variables()))
             if key not in programs:
                 programs.clear()
-                programs[key] = tf.function(function, reduce_retracing=False)
+                programs[key] = tf.function(function, autograph=False, reduce_retracing=False)
             return programs[key](*args)
 
         return run
