@@ -1,10 +1,11 @@
 """PassKey in a long real text: a key is stated, then comes prose, then the question (the paper's Fig. 3a and 10).
 
 Trains three small models from scratch, side by side: TransformerFAM with a normalised memory that is disturbed by noise
-in training, with the paper's memory, and TransformerBSWA of the same window. Each training row reads one text across steps: a step reads the next chunk from the
-state that the last step left, and asks for the key on the side. So no step is long, and the memory is trained on what
-it will meet. Then texts much longer than any trained on, with held-out prose, are streamed at constant memory. Prints
-accuracy by filler length, for FAM also with its memory knocked out; writes `passkey.json` and `passkey.png`.
+in training, with the paper's memory, and TransformerBSWA of the same window. Each training row reads one text across
+steps: a step reads the next chunk from the state that the last step left, and asks for the key on the side. So no step
+is long, and the memory is trained on what it will meet. Then texts much longer than any trained on, with held-out
+prose, are streamed at constant memory. Prints accuracy by filler length, for FAM also with its memory knocked out;
+writes `passkey.json` and `passkey.png`.
 
     python examples/passkey.py --backend jax --seed 0 --out out/passkey
 """

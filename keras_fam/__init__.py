@@ -1,5 +1,6 @@
 """TransformerFAM for Keras 3: feedback attention as working memory (arXiv 2404.09173), on three backends."""
 
+from keras_fam import hub
 from keras_fam.checks import check_streaming
 from keras_fam.export import export_serving
 from keras_fam.layers.attention import FeedbackAttention
@@ -24,5 +25,6 @@ __all__ = [
     "TransformerFAMCausalLM",
     "check_streaming",
     "export_serving",
+    "hub",
     "preset",
 ]

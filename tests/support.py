@@ -33,6 +33,7 @@ VARIANTS = {
     "sliding_window": {"fam_length": 0, "memory_segments": 2, "attention_window": 6},
     "transformer_xl": {"fam_length": 0, "memory_segments": 1, "attention_window": 4},
     "fam_window": {"memory_segments": 2, "attention_window": 5},
+    "wide_window": {"memory_segments": 1, "attention_window": 7},
     "memories_2": {"num_visible_memories": 2},
     "memories_6": {"num_visible_memories": 6, "memory_segments": 0},
     "sum_fam": {"fam_query": "static"},

@@ -40,7 +40,6 @@ WRONG_SETTINGS = [
     ({"fam_length": -2}, ["`fam_length`", "at least 0", "received -2"]),
     ({"fam_length": 5}, ["`fam_length` is at most `block_size`", "received 5 rows for blocks of 4", "lengthen"]),
     ({"num_visible_memories": 0}, ["`num_visible_memories`", "at least 1", "received 0"]),
-    ({"attention_window": 6}, ["`attention_window` is at most", "= 5", "received 6", "Raise `memory_segments`"]),
     ({"attention_window": 0}, ["`attention_window`", "at least 1", "received 0"]),
     ({"initial_fam": "zeros"}, ["`initial_fam` is one of 'prompt', 'prefix', 'summary'", "received 'zeros'"]),
     ({"fam_position": "first"}, ["`fam_position` is one of 'last', 'float', 'zero'", "received 'first'"]),
@@ -54,7 +53,7 @@ WRONG_SETTINGS = [
 ]
 WRONG_IN_BLOCKS = [
     ({"intermediate_dim": 0}, ["`intermediate_dim`", "at least 1", "received 0"]),
-    ({"norm": "batch_norm"}, ["`norm` is one of 'rms_norm', 'layer_norm'", "received 'batch_norm'"]),
+    ({"norm": "batch_norm"}, ["`norm` is one of 'rms_norm', 'offset_rms_norm', 'layer_norm'", "received 'batch_norm'"]),
     ({"norm_epsilon": 0}, ["`norm_epsilon` is a positive number", "received 0"]),
     ({"dropout": 1.0}, ["`dropout` is a rate from 0 to below 1", "received 1.0"]),
     ({"dropout": -0.1}, ["`dropout`", "received -0.1"]),

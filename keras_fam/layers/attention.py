@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_fam.layers.apply import run, run_rows
+from keras_fam.layers.norms import NORMS
 from keras_fam.layers.reading import Hooks, advance_layer, no_norm
 from keras_fam.layers.settings import check_attention_settings
 from keras_fam.layers.streaming_layer import StreamingLayer
@@ -34,8 +35,9 @@ class FeedbackAttention(StreamingLayer):
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible (BSWA, Alg. 1).
         fam_length: F, rows of memory; 0 is TransformerBSWA.
-        attention_window: None (the window breathes between m·S+1 and (m+1)·S keys), or how many keys a token sees,
-            itself included: m·S is Transformer-XL's mask, any w ≤ m·S+1 is plain sliding window attention.
+        attention_window: None (the window breathes between m·S+1 and (m+1)·S keys), or how many keys a token sees
+            at most, itself included: m·S is Transformer-XL's mask, any w ≤ m·S+1 is plain sliding window attention,
+            and with a larger w a token early in its block sees no more than the blocks hold.
         num_visible_memories: P, how many of the last memories tokens and memory rows may read (Table 6).
         initial_fam: `"prompt"` or `"prefix"`: the first memory F_0 is given (App. B.1; one learned set of rows where
             the layer stands alone); `"summary"`: the rows ride up with block 1 and its tokens read no memory.
@@ -54,6 +56,7 @@ class FeedbackAttention(StreamingLayer):
         use_attention_bias: biases of query, key and value.
         use_output_bias: bias of the output projection.
         use_query_key_norm: RMS norms over H on queries and keys, before the rotation (Qwen3, Gemma 3).
+        query_key_norm: `"rms_norm"`, or `"offset_rms_norm"`, which multiplies by 1 + scale (Gemma 3).
         query_key_norm_epsilon: epsilon of these norms.
         kernel_initializer: initializer of all kernels.
         stateful: whether calls go on where the last one stopped, for a fixed number of rows.
@@ -70,7 +73,7 @@ class FeedbackAttention(StreamingLayer):
         "fam_query_position", "fam_query", "fam_feedback", "fam_noise", "stop_memory_gradient", "rope_wavelength",
         "rope_scaling",
         "attention_scale", "attention_softcap", "use_attention_bias", "use_output_bias", "use_query_key_norm",
-        "query_key_norm_epsilon",
+        "query_key_norm", "query_key_norm_epsilon",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +102,7 @@ class FeedbackAttention(StreamingLayer):
         use_attention_bias: bool = False,
         use_output_bias: bool = False,
         use_query_key_norm: bool = False,
+        query_key_norm: str = "rms_norm",
         query_key_norm_epsilon: float = 1e-6,
         kernel_initializer="glorot_uniform",
         stateful: bool = False,
@@ -158,8 +162,8 @@ class FeedbackAttention(StreamingLayer):
         self.query_norm = self.key_norm = None
         if self.use_query_key_norm:
             norm = {"epsilon": self.query_key_norm_epsilon, "dtype": self.dtype_policy}
-            self.query_norm = keras.layers.RMSNormalization(name="query_norm", **norm)
-            self.key_norm = keras.layers.RMSNormalization(name="key_norm", **norm)
+            self.query_norm = NORMS[self.query_key_norm](name="query_norm", **norm)
+            self.key_norm = NORMS[self.query_key_norm](name="key_norm", **norm)
             self.query_norm.build((None, None, self.num_query_heads, self.head_dim))
             self.key_norm.build((None, None, self.num_key_value_heads, self.head_dim))
         self.initial_fam_rows = None

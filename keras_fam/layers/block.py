@@ -5,8 +5,9 @@ from keras import ops
 
 from keras_fam.layers.apply import run
 from keras_fam.layers.attention import FeedbackAttention
+from keras_fam.layers.norms import NORMS
 from keras_fam.layers.reading import Hooks
-from keras_fam.layers.settings import NORMS, require_one_of, require_positive, require_whole
+from keras_fam.layers.settings import require_one_of, require_positive, require_whole
 from keras_fam.layers.streaming_layer import StreamingLayer
 from keras_fam.ops.dropout import dropout, fold
 
@@ -30,7 +31,7 @@ class TransformerFAMBlock(StreamingLayer):
         intermediate_dim: width of the feed-forward part.
         activation: any Keras activation.
         gated: whether the feed-forward part is `down(activation(gate(x)) * up(x))` or `down(activation(up(x)))`.
-        norm: `"rms_norm"` or `"layer_norm"`.
+        norm: `"rms_norm"`, `"offset_rms_norm"` (multiplies by 1 + scale: Gemma) or `"layer_norm"`.
         norm_epsilon: epsilon of the norms.
         use_post_norm: whether attention and feed-forward outputs are normed before they are added (Gemma 2).
         use_feedforward_bias: biases of the feed-forward part.
@@ -41,7 +42,7 @@ class TransformerFAMBlock(StreamingLayer):
             `memory_segments`, `fam_length`, `attention_window`, `num_visible_memories`, `initial_fam`, `fam_position`,
             `fam_query_position`, `fam_query`, `fam_feedback`, `fam_noise`, `stop_memory_gradient`, `rope_wavelength`,
             `rope_scaling`, `attention_scale`, `attention_softcap`, `use_attention_bias`, `use_output_bias`,
-            `use_query_key_norm`, `query_key_norm_epsilon`; and Keras' `name`, `dtype`, `trainable`.
+            `use_query_key_norm`, `query_key_norm`, `query_key_norm_epsilon`; and Keras' `name`, `dtype`, `trainable`.
 
     Calls: `y = block(x)`, `y, state = block(x, padding_mask=..., initial_state=..., return_state=True)`, and the pure
     `y, state = block.advance(x, state)`; see `StreamingLayer`.
@@ -93,6 +94,7 @@ class TransformerFAMBlock(StreamingLayer):
         self.dropout = dropout
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         attention.setdefault("query_key_norm_epsilon", norm_epsilon)
+        attention.setdefault("query_key_norm", "rms_norm" if norm == "layer_norm" else norm)
         self.attention = FeedbackAttention(
             num_query_heads,
             head_dim,
@@ -123,8 +125,7 @@ class TransformerFAMBlock(StreamingLayer):
 
     def make_norm(self, name):
         """A norm of this layer's kind, not built."""
-        kinds = {"rms_norm": keras.layers.RMSNormalization, "layer_norm": keras.layers.LayerNormalization}
-        return kinds[self.norm](epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name)
+        return NORMS[self.norm](epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name)
 
     def _norm(self, name):
         norm = self.make_norm(name)

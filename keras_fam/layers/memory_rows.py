@@ -51,8 +51,6 @@ class MemoryRows:
         turned, value = rows[:, :, : queries + keys], rows[:, :, queries + keys :]
         if layer.key_norm is not None:
             key = run(layer.key_norm, turned[:, :, queries:])
-            turned = (
-                ops.concatenate([run(layer.query_norm, turned[:, :, :queries]), key], axis=2) if queries else key
-            )
+            turned = ops.concatenate([run(layer.query_norm, turned[:, :, :queries]), key], axis=2) if queries else key
         turned = rotate_whole(turned, self.table)
         return (turned[:, :, :queries] if queries else None), turned[:, :, queries:], value

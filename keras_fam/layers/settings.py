@@ -5,7 +5,8 @@ FAM_QUERY_POSITIONS = ("previous", "current")
 FAM_QUERIES = ("feedback", "static")
 FAM_FEEDBACKS = ("residual", "normalized")
 INITIAL_FAMS = ("prompt", "prefix", "summary")
-NORMS = ("rms_norm", "layer_norm")
+NORMS = ("rms_norm", "offset_rms_norm", "layer_norm")
+QUERY_KEY_NORMS = ("rms_norm", "offset_rms_norm")
 
 
 def require_whole(name, value, least):
@@ -47,19 +48,14 @@ def check_attention_settings(layer):
             f"that block; received {layer.fam_length} rows for blocks of {layer.block_size}. Shorten the memory or "
             "lengthen the block."
         )
-    reach = layer.memory_segments * layer.block_size + 1
     if layer.attention_window is not None:
         require_whole("attention_window", layer.attention_window, 1)
-        if layer.attention_window > reach:
-            raise ValueError(
-                f"`attention_window` is at most memory_segments · block_size + 1 = {reach}, the keys that every token "
-                f"is sure to have; received {layer.attention_window}. Raise `memory_segments`."
-            )
     require_one_of("initial_fam", layer.initial_fam, INITIAL_FAMS)
     require_one_of("fam_position", layer.fam_position, FAM_POSITIONS)
     require_one_of("fam_query_position", layer.fam_query_position, FAM_QUERY_POSITIONS)
     require_one_of("fam_query", layer.fam_query, FAM_QUERIES)
     require_one_of("fam_feedback", layer.fam_feedback, FAM_FEEDBACKS)
+    require_one_of("query_key_norm", layer.query_key_norm, QUERY_KEY_NORMS)
     require_positive("fam_noise", layer.fam_noise, zero=True)
     for name in ("attention_scale", "attention_softcap"):
         if getattr(layer, name) is not None:

@@ -1,0 +1,196 @@
+"""Converts random small models of every family of KerasHub and compares the logits: one table, in Markdown.
+
+    KERAS_BACKEND=torch python examples/hub_families.py --configurations 5 --out out/hub_families_torch.json
+
+Per family, the largest absolute difference of the logits over the configurations, beside the size of the logits:
+without memory up to one block (T = S, beyond the sliding windows), with a memory that rides up with the first block,
+and after the way back to KerasHub. Where every layer has a sliding window, four blocks are compared as well.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+from unittest import mock
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+import keras_fam
+import keras_fam.hub
+from keras_fam.ops.backend import compiled
+
+VOCABULARY, LENGTH = 31, 16
+
+
+def sizes(rng, **more):
+    heads = 4
+    return {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 2,
+        "num_query_heads": heads,
+        "num_key_value_heads": int(rng.choice([1, 2, 4])),
+        "hidden_dim": heads * int(rng.choice([4, 6])),
+        "intermediate_dim": 24,
+        **more,
+    }
+
+
+def rope(rng):
+    return {"rope_max_wavelength": float(rng.choice([100.0, 10_000.0, 500_000.0]))}
+
+
+def epsilon(rng):
+    return {"layer_norm_epsilon": float(rng.choice([1e-6, 1e-3]))}
+
+
+def llama(rng):
+    return "Llama", sizes(rng, **rope(rng), **epsilon(rng), tie_word_embeddings=bool(rng.integers(2)))
+
+
+def llama3(rng):
+    bands = {
+        "rope_frequency_adjustment_factor": float(rng.choice([2.0, 8.0])),
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_pretraining_sequence_length": int(rng.choice([16, 64])),
+    }
+    return "Llama3", sizes(rng, **rope(rng), **epsilon(rng), **bands)
+
+
+def smollm(rng):
+    return "Llama", sizes(rng, rope_max_wavelength=1e5, layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+
+
+def mistral(rng):
+    more = {"sliding_window": int(rng.choice([3, 7])), "head_dim": int(rng.choice([4, 8]))}
+    return "Mistral", sizes(rng, **rope(rng), **epsilon(rng), rope_scaling_factor=float(rng.choice([1, 4])), **more)
+
+
+def qwen(rng):
+    more = {"use_sliding_window_attention": bool(rng.integers(2)), "sliding_window_size": int(rng.choice([3, 7]))}
+    more |= {"tie_word_embeddings": bool(rng.integers(2)), "rope_scaling_factor": float(rng.choice([1, 4]))}
+    return "Qwen", sizes(rng, **rope(rng), **epsilon(rng), **more)
+
+
+def qwen3(rng):
+    more = {"sliding_window_size": [None, 3, 7][rng.integers(3)], "head_dim": int(rng.choice([4, 8]))}
+    more |= {"tie_word_embeddings": bool(rng.integers(2)), "rope_scaling_factor": float(rng.choice([1, 4]))}
+    return "Qwen3", sizes(rng, **rope(rng), **epsilon(rng), **more)
+
+
+def gemma(rng):
+    return "Gemma", sizes(rng, head_dim=int(rng.choice([4, 8])))
+
+
+def gemma2(rng):
+    name, fields = gemma(rng)
+    caps = {"attention_logit_soft_cap": float(rng.choice([2, 50])), "final_logit_soft_cap": float(rng.choice([3, 30]))}
+    window = {"use_sliding_window_attention": True, "sliding_window_size": int(rng.choice([3, 7]))}
+    return name, {**fields, **caps, **window, "use_post_ffw_norm": True, "use_post_attention_norm": True}
+
+
+def gemma3(rng):
+    window = {"use_sliding_window_attention": bool(rng.integers(4)), "sliding_window_size": int(rng.choice([3, 7]))}
+    factors = {"local_rope_scaling_factor": float(rng.choice([1, 2])), "global_rope_scaling_factor": 8.0}
+    norms = {"use_query_key_norm": bool(rng.integers(4)), "use_post_ffw_norm": True, "use_post_attention_norm": True}
+    more = {"image_size": None, "num_layers": 6, "head_dim": int(rng.choice([4, 8]))}
+    return "Gemma3", {**sizes(rng), **more, **window, **factors, **norms}
+
+
+def phi3(rng):
+    return "Phi3", sizes(rng, **rope(rng), **epsilon(rng))
+
+
+FAMILIES = {"Llama": llama, "Llama 3 (RoPE bands)": llama3, "SmolLM (tied)": smollm, "Mistral": mistral,
+            "Qwen 2, 2.5": qwen, "Qwen 3": qwen3, "Gemma 1": gemma, "Gemma 2": gemma2, "Gemma 3 (text)": gemma3,
+            "Phi 3": phi3}  # fmt: skip
+
+
+@contextlib.contextmanager
+def windows_kept():
+    """KerasHub 0.32 forgets the sliding window of Qwen 2 and 3 where it uses Keras' fused attention (JAX, torch)."""
+    with contextlib.ExitStack() as stack:
+        for name in ("qwen.qwen_attention", "qwen3.qwen3_attention"):
+            target = f"keras_hub.src.models.{name}.fused_attention_op_available"
+            stack.enter_context(mock.patch(target, lambda: False))
+        yield
+
+
+def source(family, seed=0, **fields):
+    """A random CausalLM of KerasHub: `(CausalLM, its fields)`."""
+    rng = np.random.default_rng(seed)
+    name, found = FAMILIES[family](rng)
+    found = {**found, **fields}
+    backbone = getattr(keras_hub.models, f"{name}Backbone")(**found)
+    for v in backbone.weights:
+        around_one = v.name == "scale" and not name.startswith("Gemma")
+        v.assign(rng.normal(float(around_one), 0.3, v.shape).astype("float32"))
+    return getattr(keras_hub.models, f"{name}CausalLM")(backbone=backbone, preprocessor=None), found
+
+
+def tokens(length=LENGTH, rows=2):
+    return np.random.default_rng(1).integers(0, VOCABULARY, (rows, length)).astype("int32")
+
+
+def logits(model, token_ids):
+    """Logits as a NumPy array, of a model of either kind."""
+    theirs = isinstance(model, keras_hub.models.CausalLM)
+
+    def call(token_ids):
+        return model({"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids)} if theirs else token_ids)
+
+    if keras.backend.backend() == "jax":  # which else compiles every operation by itself
+        call = compiled(call, lambda: model.variables)
+    with windows_kept():
+        return ops.convert_to_numpy(call(ops.convert_to_tensor(token_ids)))
+
+
+def difference(first, second):
+    return float(np.abs(np.asarray(first, "float64") - np.asarray(second, "float64")).max())
+
+
+def measure(family, seed):
+    """Largest differences of one random configuration."""
+    there, fields = source(family, seed)
+    expected = logits(there, tokens())
+    found = {"logits": float(np.abs(expected).max())}
+    here = keras_fam.hub.convert(there, block_size=LENGTH, memory_segments=1, fam_length=0)
+    found["one block"] = difference(logits(here, tokens()), expected)
+    summary = keras_fam.hub.convert(there, block_size=LENGTH, memory_segments=1, fam_length=3, initial_fam="summary")
+    found["summary"] = difference(logits(summary, tokens()), expected)
+    back = keras_fam.hub.to_keras_hub(here, type(there))
+    found["back"] = difference(logits(back, tokens()), expected)
+    if all(block.attention.attention_window for block in here.backbone.blocks):
+        streamed = keras_fam.hub.convert(there, block_size=LENGTH // 4, memory_segments=2, fam_length=0)
+        found["four blocks"] = difference(logits(streamed, tokens()), expected)
+    return {"fields": fields, "differences": found}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configurations", type=int, default=5, help="random configurations for each family")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for all fields and differences")
+    args = parser.parse_args()
+    columns = ["logits", "one block", "summary", "back", "four blocks"]
+    results = {}
+    print(f"| {keras.backend.backend()} | " + " | ".join(columns) + " |")
+    print("| --- " * (len(columns) + 1) + "|")
+    for family in FAMILIES:
+        results[family] = [measure(family, seed) for seed in range(args.configurations)]
+        cells = []
+        for column in columns:
+            values = [r["differences"][column] for r in results[family] if column in r["differences"]]
+            cells.append(f"{max(values):.1e}" if values else "")
+        print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
+    if args.out:
+        versions = {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
+        record = {"backend": keras.backend.backend(), **versions, "configurations": args.configurations}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**record, "families": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""KerasHub models become TransformerFAM models, and back again."""
+
+import inspect
+
+import keras
+
+from keras_fam.hub.family import PLAIN
+from keras_fam.hub.source import (
+    check_fields,
+    check_state,
+    constructor_fields,
+    family_of,
+    field_values,
+    keras_hub_models,
+    layer_settings,
+    take_apart,
+)
+from keras_fam.hub.weights import copy, draw_memory, pairs, share
+from keras_fam.models.backbone import TransformerFAMBackbone, block_settings
+from keras_fam.models.causal_lm import TransformerFAMCausalLM
+
+SIZES = ("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "num_key_value_heads", "intermediate_dim",
+         "head_dim")  # fmt: skip
+OF_BACKBONE = ("vocabulary_size", "num_layers", "hidden_dim", "tie_weights", "logit_softcap", "embedding_scale")
+
+
+def convert(
+    source,
+    *,
+    block_size: int,
+    memory_segments: int,
+    fam_length: int,
+    weights: str = "copy",
+    seed=None,
+    dtype=None,
+    name: str | None = None,
+    **options,
+):
+    """Makes a TransformerFAM model of a KerasHub model.
+
+    ```python
+    gemma = keras_hub.models.GemmaCausalLM.from_preset("gemma2_2b_en")
+    lm = keras_fam.hub.convert(gemma, block_size=1024, memory_segments=4, fam_length=64)
+    ```
+
+    The layers, weights and numbers are the source's: with `fam_length=0`, and with `initial_fam="summary"` up to the
+    end of the first block, the logits are too. The first memory is the only new weight.
+
+    Sliding windows of the source are kept, layer by layer, inside the window of the blocks: a token sees the keys
+    that both let it see. Block windows hold m·S+1 to (m+1)·S keys; a window of the source from (m+1)·S keys on never
+    narrows that and is left out, a smaller one becomes the layer's `attention_window`. Up to m·S+1 keys it is the
+    source's sliding window at any length; between, a token early in its block sees what the blocks hold. Memory rows
+    are read whatever the window.
+
+    Args:
+        source: a backbone or a CausalLM of KerasHub: Llama, Llama 3 (SmolLM is a Llama), Mistral, Qwen (2, 2.5),
+            Qwen 3, Gemma (1, 2), Gemma 3 (text) or Phi 3. Objects of `keras_nlp` are the same.
+        block_size: S, tokens in a block.
+        memory_segments: m, past blocks whose keys and values stay visible.
+        fam_length: F, rows of memory; 0 is TransformerBSWA.
+        weights: `"copy"`, or `"share"`: both models hold the same variables where the layouts agree in all weights
+            (Llama, Mistral, Qwen, Phi 3; Gemma's differ and are copied only). Training either then trains both, a
+            variable frozen in one is frozen in both, LoRA updates stay with the model that has them, and
+            nothing but the memory takes memory a second time (while this function runs, everything does).
+        seed: seed of the first memory, an integer or a `keras.random.SeedGenerator`. Its rows are drawn like token
+            embeddings: normal, with the mean and deviation that each of the D numbers has in the source's vocabulary.
+        dtype: dtype or policy; None means the source's.
+        name: name of the new model.
+        **options: what the source does not decide: `initial_fam`, `fam_position`, `fam_feedback`,
+            `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings of
+            `TransformerFAMBackbone`.
+
+    Returns:
+        A `TransformerFAMBackbone` for a backbone, a `TransformerFAMCausalLM` with the source's preprocessor for a
+        CausalLM; built, not compiled.
+
+    Raises:
+        ValueError: for a class without a table, a field of the source that its table does not name or allow, a
+            quantized source, a weight that cannot be shared, an option that the source decides, and settings that
+            contradict each other. The source is left as it was.
+        ImportError: without KerasHub.
+    """
+    if weights not in ("copy", "share"):
+        raise ValueError(f"`weights` is 'copy' or 'share'; received {weights!r}.")
+    theirs, is_task, preprocessor = take_apart(source)
+    family = family_of(type(theirs))
+    _check_options(options)
+    check_fields(theirs, family)
+    check_state(theirs)
+    if is_task and {id(v) for v in source.weights} != {id(v) for v in theirs.weights}:
+        raise ValueError(f"{type(source).__name__} has weights beside its backbone's, which have no place here.")
+    window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
+    layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
+    settings = {**_merge(layers), **window, **options}
+    backbone = TransformerFAMBackbone(
+        **settings, dtype=theirs.dtype_policy if dtype is None else dtype, name=None if is_task else name
+    )
+    backbone.build()
+    found = pairs(backbone, theirs, family)
+    if weights == "share":
+        share(found, backbone)
+    else:
+        copy(found)
+    draw_memory(backbone, seed)
+    if not is_task:
+        return backbone
+    lm = TransformerFAMCausalLM(backbone, preprocessor=preprocessor, name=name)
+    lm.build()
+    return lm
+
+
+def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
+    """Makes a KerasHub model of a TransformerFAM model: nothing is locked in.
+
+    ```python
+    llama = keras_fam.hub.to_keras_hub(lm, keras_hub.models.LlamaCausalLM)
+    ```
+
+    The weights are copied; LoRA updates are merged into their kernels. KerasHub's models attend to everything they
+    read, so the numbers are the same as far as one block (or the whole sliding window of the source) goes.
+
+    Args:
+        model: a built `TransformerFAMCausalLM` or `TransformerFAMBackbone`, converted or not.
+        to: the class of KerasHub to make: a backbone or a CausalLM of one of the families of `convert`.
+        drop_memory: whether a memory may be left behind; without it, `fam_length` has to be 0.
+        **fields: fields of the backbone's constructor in place of those that follow from the settings, such as a
+            `sliding_window` that block windows had made needless.
+
+    Returns:
+        An object of the class `to`; a CausalLM has the model's preprocessor.
+
+    Raises:
+        ValueError: if the model has a memory, if the class has no table or cannot compute what the model does (the
+            setting is named), if the model is quantized, if a weight has no place.
+        ImportError: without KerasHub.
+    """
+    models = keras_hub_models()
+    is_task = isinstance(to, type) and issubclass(to, models.CausalLM)
+    backbone_class = to.backbone_cls if is_task else to
+    family = family_of(backbone_class)
+    backbone = model.backbone if isinstance(model, TransformerFAMCausalLM) else model
+    if not isinstance(backbone, TransformerFAMBackbone):
+        raise ValueError(
+            f"The model is a TransformerFAMCausalLM or a TransformerFAMBackbone; received {type(model).__name__}."
+        )
+    if not backbone.built:
+        backbone.build()
+    if backbone.fam_length and not drop_memory:
+        raise ValueError(
+            f"KerasHub's models have no memory; this one has fam_length={backbone.fam_length}. Leave it behind with "
+            "drop_memory=True."
+        )
+    check_state(backbone)
+    unknown = sorted(set(fields) - set(constructor_fields(backbone_class)))
+    if unknown:
+        raise ValueError(f"{backbone_class.__name__} has no field {unknown}.")
+    layers = [_settings_of(backbone, block) for block in backbone.blocks]
+    made = backbone_class(**{**field_values(backbone_class, family, layers), **fields}, dtype=backbone.dtype_policy)
+    check_fields(made, family)
+    attention = backbone.blocks[0].attention
+    expected = layer_settings(made, family, (attention.memory_segments + 1) * attention.block_size)
+    for i, (wanted, block) in enumerate(zip(expected, layers, strict=True)):
+        if not wanted["use_query_key_norm"]:
+            wanted = {**wanted, **{key: block[key] for key in ("query_key_norm", "query_key_norm_epsilon")}}
+        for key, value in wanted.items():
+            if not _same(key, value, block[key]):
+                raise ValueError(
+                    f"{backbone_class.__name__} would have {key}={value!r} in layer {i} where the model has "
+                    f"{block[key]!r}. Choose the class of another family, or give the field that decides it."
+                )
+    copy(pairs(backbone, made, family), back=True)
+    if not is_task:
+        return made
+    return to(backbone=made, preprocessor=getattr(model, "preprocessor", None))
+
+
+def _check_options(options):
+    theirs = sorted(set(options) & ({*PLAIN, *SIZES, "layer_settings"}))
+    if theirs:
+        raise ValueError(f"The source decides {theirs}; leave these options out.")
+    known = block_settings() | set(inspect.signature(TransformerFAMBackbone.__init__).parameters)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"TransformerFAMBackbone knows no setting {unknown}.")
+
+
+def _merge(layers):
+    """Settings of a backbone: what all layers share, and `layer_settings` for the rest."""
+    shared = {key: value for key, value in layers[0].items() if all(layer[key] == value for layer in layers)}
+    own = [{key: value for key, value in layer.items() if key not in shared} for layer in layers]
+    return {**shared, "layer_settings": own if any(own) else None}
+
+
+def _settings_of(backbone, block):
+    """What `layer_settings` would say of one of our blocks."""
+    found = {}
+    for key in {*PLAIN, *SIZES}:
+        holder = backbone if key in OF_BACKBONE else block if hasattr(block, key) else block.attention
+        found[key] = getattr(holder, key)
+    return found
+
+
+def _same(key, first, second):
+    if key == "activation":
+        return keras.activations.get(first) is keras.activations.get(second)
+    if isinstance(first, float) and isinstance(second, int | float):
+        return abs(first - second) <= 1e-12 * abs(first)
+    return first == second

@@ -1,0 +1,72 @@
+"""What a table of `families` is made of."""
+
+import dataclasses
+from collections.abc import Callable
+
+# Every setting of a `TransformerFAMBackbone` that the source decides, as a plain Llama has it.
+PLAIN = {
+    "activation": "silu",
+    "gated": True,
+    "norm": "rms_norm",
+    "norm_epsilon": 1e-6,
+    "use_post_norm": False,
+    "use_feedforward_bias": False,
+    "use_attention_bias": False,
+    "use_output_bias": False,
+    "use_query_key_norm": False,
+    "query_key_norm": "rms_norm",
+    "query_key_norm_epsilon": 1e-6,
+    "rope_wavelength": 10_000.0,
+    "rope_scaling": None,
+    "attention_scale": None,
+    "attention_softcap": None,
+    "attention_window": None,
+    "embedding_scale": None,
+    "tie_weights": False,
+    "logit_softcap": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """A field that has to have one value, and why."""
+
+    value: object
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A field that the family's `read` takes care of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """A field that has no part in a text model's numbers; `value` is what a model made anew gets."""
+
+    value: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a family of KerasHub backbones is in the words of this package.
+
+    Args:
+        name: for people.
+        backbones: names of its classes in `keras_hub.models`.
+        fields: field of the constructor to the name of our setting, `Only`, `Read` or `Unused`.
+        fixed: settings that all its models share, where they are not `PLAIN`.
+        read: `(backbone, layer) -> settings` of one built layer.
+        write: `(settings of each layer) -> fields`, for the fields that `read` takes care of.
+        weights: weight of our block to the weight of its layer; a pair adds the name of a layout (`weights.LAYOUTS`).
+        rotation: where a layer keeps its rotary embedding.
+    """
+
+    name: str
+    backbones: tuple[str, ...]
+    fields: dict[str, object]
+    read: Callable
+    write: Callable
+    weights: dict[str, object]
+    rotation: str
+    fixed: dict[str, object] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,142 @@
+"""Weights from one model to the other: copied, shared, and counted, so that none is forgotten on either side."""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_fam.hub.source import walk
+
+
+def _swap_heads(x):
+    return ops.transpose(x, (1, 0, 2))
+
+
+# Layouts that differ: how theirs becomes ours, how ours becomes theirs, and what is different.
+LAYOUTS = {
+    None: (lambda x: x, lambda x: x, "the same"),
+    "heads_first": (_swap_heads, _swap_heads, "[heads, width, head] there, [width, heads, head] here"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One weight in two models: the layers that hold it, its name there, and the layout that relates them."""
+
+    path: str
+    ours: keras.layers.Layer
+    our_name: str
+    theirs: keras.layers.Layer
+    their_name: str
+    layout: str | None
+
+
+def variable(layer, name):
+    """The variable itself; `layer.kernel` may be a sum with its LoRA update."""
+    found = getattr(layer, "_" + name, None)
+    return found if isinstance(found, keras.Variable) else getattr(layer, name)
+
+
+def memory_weights(backbone):
+    """The weights that the source has no counterpart of: the first memory, and what Random State Passing keeps."""
+    found = [backbone.memory_prompt] + [block.attention.initial_fam_rows for block in backbone.blocks]
+    passing = backbone.random_state_passing
+    return [v for v in found if v is not None] + ([] if passing is None else list(passing.weights))
+
+
+def pairs(backbone, source, family):
+    """All `Pair`s of a built `TransformerFAMBackbone` and a KerasHub backbone; ValueError if a weight is left over."""
+    found = [_pair("token_embedding.embeddings", backbone, "token_embedding.embeddings", source, None)]
+    if not backbone.tie_weights:
+        name = "token_embedding.reverse_embeddings"
+        found.append(_pair(name, backbone, name, source, None))
+    found.append(_pair("final_norm.scale", backbone, "layer_norm.scale", source, None))
+    for i, (block, layer) in enumerate(zip(backbone.blocks, source.transformer_layers, strict=True)):
+        for path, theirs in family.weights.items():
+            theirs, layout = (theirs, None) if isinstance(theirs, str) else theirs
+            if walk(block, path.rpartition(".")[0]) is not None:
+                found.append(_pair(path, block, theirs, layer, layout, f"blocks[{i}]."))
+    _check_left_over(backbone, [(p.ours, p.our_name) for p in found], memory_weights(backbone))
+    _check_left_over(source, [(p.theirs, p.their_name) for p in found], [])
+    return found
+
+
+def _pair(our_path, ours, their_path, theirs, layout, prefix=""):
+    def layer(holder, path):
+        found = walk(holder, path.rpartition(".")[0])
+        if found is None or getattr(found, path.rpartition(".")[2], None) is None:
+            raise ValueError(f"{type(holder).__name__} has no weight `{path}`, which its family's table names.")
+        return found
+
+    names = our_path.rpartition(".")[2], their_path.rpartition(".")[2]
+    return Pair(prefix + our_path, layer(ours, our_path), names[0], layer(theirs, their_path), names[1], layout)
+
+
+def _check_left_over(model, used, others):
+    seen = {id(variable(layer, name)) for layer, name in used} | {id(v) for v in others}
+    for layer, _ in used:  # LoRA updates are part of the kernel that they belong to
+        if getattr(layer, "lora_enabled", False):
+            seen |= {id(v) for v in layer.weights if "lora" in v.name}
+    left = [v.path for v in model.weights if id(v) not in seen]
+    if left:
+        raise ValueError(f"{type(model).__name__} has weights that its family's table does not name: {left}.")
+
+
+def copy(pair_list, back=False):
+    """Writes every weight of the source into ours, or, with `back`, ours into the source. LoRA updates are merged."""
+    for p in pair_list:
+        there, here = (p.theirs, p.their_name), (p.ours, p.our_name)
+        (layer, name), target = (here, variable(*there)) if back else (there, variable(*here))
+        value = ops.convert_to_tensor(getattr(layer, name))
+        value = LAYOUTS[p.layout][1 if back else 0](value)
+        if tuple(value.shape) != tuple(target.shape):
+            raise ValueError(f"{p.path} has the shape {tuple(target.shape)}; received {tuple(value.shape)}.")
+        # A copy of its own: a training step on JAX gives the buffers of its variables away.
+        target.assign(ops.copy(ops.cast(value, target.dtype)))
+
+
+def share(pair_list, backbone):
+    """Puts the source's own variables into our layers; ValueError, and nothing done, if one cannot be shared."""
+    for p in pair_list:
+        ours, theirs = variable(p.ours, p.our_name), variable(p.theirs, p.their_name)
+        if p.layout is not None:
+            why = f"its layout differs: {LAYOUTS[p.layout][2]}"
+        elif getattr(p.theirs, "lora_enabled", False):
+            why = "the source adds a LoRA update to it"
+        elif ours.dtype != theirs.dtype:
+            why = f"it is {theirs.dtype} there and {ours.dtype} here"
+        else:
+            continue
+        raise ValueError(f"{p.path} cannot be shared, {why}. Use weights='copy'.")
+    for p in pair_list:
+        old, new = variable(p.ours, p.our_name), variable(p.theirs, p.their_name)
+        name = p.our_name if getattr(p.ours, "_" + p.our_name, None) is not old else "_" + p.our_name
+        p.ours._untrack_variable(old)
+        p.ours._tracker.unlock()
+        p.ours._track_variable(new)
+        setattr(p.ours, name, new)
+        p.ours._tracker.lock()
+    for layer in backbone._flatten_layers():
+        if hasattr(layer, "_torch_params"):  # torch keeps a list of parameters in every layer above as well
+            layer._track_variables()
+
+
+def draw_memory(backbone, seed=None):
+    """Draws the first memory: rows like token embeddings, normal, each number with the mean and deviation of its own.
+
+    `"prefix"` has rows of its own in every layer: there they are those rows, carried up through the layers below.
+    """
+    if not backbone.fam_length:
+        return
+    table = ops.convert_to_tensor(backbone.token_embedding.embeddings)
+    table = ops.cast(table[:: max(1, backbone.vocabulary_size // 16_384)], "float32")
+    noise = keras.random.normal((backbone.fam_length, backbone.hidden_dim), dtype="float32", seed=seed)
+    rows = ops.mean(table, axis=0) + ops.std(table, axis=0) * noise
+    rows = rows * (1.0 if backbone.embedding_scale is None else backbone.embedding_scale)
+    if backbone.memory_prompt is not None:
+        backbone.memory_prompt.assign(ops.cast(rows, backbone.memory_prompt.dtype))
+        return
+    rows = ops.expand_dims(rows, 0)
+    for block in backbone.blocks:
+        block.attention.initial_fam_rows.assign(ops.cast(rows[0], block.attention.initial_fam_rows.dtype))
+        rows = block.forward_prompt(rows)

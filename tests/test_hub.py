@@ -1,0 +1,310 @@
+"""Converted KerasHub models are their source: logits, windows, weights, the way back, and what is refused."""
+
+import functools
+import importlib
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_fam
+from keras_fam import hub
+
+keras_hub = pytest.importorskip("keras_hub")
+hub_families = importlib.import_module("examples.hub_families")
+models = keras_hub.models
+
+TOLERANCE = 1e-4
+WINDOWED = ("Mistral", "Qwen 2, 2.5", "Qwen 3", "Gemma 2", "Gemma 3 (text)")
+CASES = [(family, 0) for family in hub_families.FAMILIES] + [(family, 1) for family in WINDOWED]
+WINDOW = {"block_size": 16, "memory_segments": 1}
+small = functools.partial(
+    hub_families.sizes, np.random.default_rng(0), num_layers=1, hidden_dim=16, num_key_value_heads=2
+)
+
+
+@functools.cache
+def source(family, seed):
+    """A random CausalLM and its logits; of one width, so that JAX compiles few operations."""
+    model, _ = hub_families.source(family, seed, hidden_dim=16)
+    return model, hub_families.logits(model, hub_families.tokens())
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def equal(actual, expected):
+    error = hub_families.difference(actual, expected)
+    assert error <= TOLERANCE, f"{keras.backend.backend()}: logits differ by {error:.2e}"
+
+
+@pytest.mark.parametrize("family, seed", CASES)
+def test_a_converted_model_is_its_source(family, seed):
+    model, expected = source(family, seed)
+    plain = hub.convert(model, **WINDOW, fam_length=0)
+    equal(hub_families.logits(plain, hub_families.tokens()), expected)
+    assert hub.memory_weights(plain.backbone) == []
+    assert shapes(plain.weights) == shapes(model.weights)
+    summary = hub.convert(model, **WINDOW, fam_length=3, initial_fam="summary")
+    equal(hub_families.logits(summary, hub_families.tokens()), expected)
+    memory = hub.memory_weights(summary.backbone)
+    assert [v.path for v in memory] == [summary.backbone.memory_prompt.path]
+    assert {v.path for v in summary.weights} - {v.path for v in memory} == {
+        v.path.replace(plain.backbone.name, summary.backbone.name) for v in plain.weights
+    }
+
+
+def shapes(weights):
+    """Shapes in order of size: Gemma's heads come first there, and the width here."""
+    return sorted(tuple(sorted(v.shape)) for v in weights)
+
+
+@pytest.mark.parametrize("family, seed", CASES)
+def test_back_again(family, seed):
+    model, _ = source(family, seed)
+    lm = hub.convert(model, **WINDOW, fam_length=2)
+    back = hub.to_keras_hub(lm, type(model), drop_memory=True)
+    for theirs, ours in zip(model.weights, back.weights, strict=True):
+        assert np.array_equal(numpy(theirs), numpy(ours)), theirs.path
+    wanted, found = model.backbone.get_config(), back.backbone.get_config()
+    for name in ("name", "sliding_window_size") if not wanted.get("use_sliding_window_attention") else ("name",):
+        wanted.pop(name, None), found.pop(name, None)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen 3"])
+def test_a_sliding_window_inside_the_blocks_is_exact_over_many_blocks(family):
+    field = {"Mistral": "sliding_window", "Qwen 3": "sliding_window_size"}[family]
+    model, _ = hub_families.source(family, 0, hidden_dim=16, **{field: 7})
+    backbone = hub.convert(model.backbone, block_size=3, memory_segments=2, fam_length=0)
+    assert backbone.layer_settings is None and backbone.blocks[1].attention.attention_window == 7
+    lm = keras_fam.TransformerFAMCausalLM(backbone)
+    equal(hub_families.logits(lm, hub_families.tokens()), hub_families.logits(model, hub_families.tokens()))
+
+
+@pytest.mark.parametrize("segments, window", [(0, 7), (1, 20)])
+def test_a_sliding_window_wider_than_what_every_token_has(segments, window):
+    model, _ = hub_families.source("Mistral", 0, hidden_dim=16, sliding_window=window)
+    lm = hub.convert(model, block_size=16, memory_segments=segments, fam_length=0)
+    assert lm.backbone.blocks[0].attention.attention_window == window
+    equal(hub_families.logits(lm, hub_families.tokens()), hub_families.logits(model, hub_families.tokens()))
+
+
+def test_local_and_global_layers_keep_their_own_window_and_rotation():
+    model, _ = hub_families.source("Gemma 3 (text)", 0, use_sliding_window_attention=True, sliding_window_size=5)
+    backbone = hub.convert(model, block_size=4, memory_segments=1, fam_length=2).backbone
+    found = [(b.attention.attention_window, b.attention.rope_wavelength) for b in backbone.blocks]
+    assert found == [(5, 1e4)] * 5 + [(None, 1e6)]
+    wide = hub.convert(model.backbone, block_size=3, memory_segments=0, fam_length=2)
+    assert {b.attention.attention_window for b in wide.blocks} == {None}, "a window that never narrows is left out"
+
+
+def test_the_first_memory_is_drawn_like_token_embeddings():
+    model, _ = source("Gemma 1", 0)
+    table = numpy(model.backbone.token_embedding.embeddings) * model.backbone.hidden_dim**0.5
+    first = hub.convert(model, block_size=512, memory_segments=0, fam_length=512, seed=3).backbone
+    rows = numpy(first.memory_prompt)
+    assert np.abs(rows.mean(0) - table.mean(0)).max() < 0.25 * table.std()
+    assert np.abs(rows.std(0) / table.std(0) - 1).max() < 0.2
+    again = hub.convert(model.backbone, block_size=512, memory_segments=0, fam_length=512, seed=3)
+    assert np.array_equal(numpy(again.memory_prompt), rows)
+    prefix = hub.convert(model, **WINDOW, fam_length=2, initial_fam="prefix", seed=3).backbone
+    prompt = hub.convert(model, **WINDOW, fam_length=2, initial_fam="prompt", seed=3).backbone
+    for one, other in zip(prefix.first_memories(), prompt.first_memories(), strict=True):
+        assert np.abs(numpy(one) - numpy(other)).max() < 1e-5, "a prefix starts as the prompt's memories"
+
+
+# Sharing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen 2, 2.5", "Qwen 3", "Phi 3"])
+def test_shared_weights_are_the_same_variables(family):
+    model, expected = source(family, 0)
+    lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", weights="share")
+    memory = {id(v) for v in hub.memory_weights(lm.backbone)}
+    assert {id(v) for v in lm.weights} - memory == {id(v) for v in model.weights}
+    assert {id(v) for v in lm.trainable_weights} - memory == {id(v) for v in model.trainable_weights}
+    if hasattr(lm, "parameters"):
+        assert sum(p.numel() for p in lm.parameters()) == lm.count_params()
+    equal(hub_families.logits(lm, hub_families.tokens()), expected)
+
+
+def test_training_a_sharing_model_trains_the_source():
+    model, _ = hub_families.source("Llama", 0, hidden_dim=16, num_layers=1)
+    before = [numpy(v).copy() for v in model.weights]
+    lm = hub.convert(model, **WINDOW, fam_length=2, weights="share")
+    lm.compile(optimizer=keras.optimizers.SGD(0.1))
+    x = hub_families.tokens()
+    lm.fit(x, np.roll(x, -1, 1), verbose=0)
+    assert all(np.abs(numpy(v) - b).max() > 0 for v, b in zip(model.weights, before, strict=True))
+    trained = hub_families.logits(model, x)
+    equal(hub_families.logits(hub.convert(model, **WINDOW, fam_length=0), x), trained)
+
+
+def test_training_a_copy_leaves_the_source_alone():
+    model, _ = hub_families.source("Llama", 0, hidden_dim=16, num_layers=1)
+    before = [numpy(v).copy() for v in model.weights]
+    lm = hub.convert(model, **WINDOW, fam_length=2)
+    lm.compile(optimizer=keras.optimizers.SGD(0.1))
+    x = hub_families.tokens()
+    lm.fit(x, np.roll(x, -1, 1), verbose=0)
+    assert all(np.array_equal(numpy(v), b) for v, b in zip(model.weights, before, strict=True))
+
+
+def test_what_cannot_be_shared_says_which_weight():
+    model, _ = source("Gemma 1", 0)
+    with pytest.raises(ValueError, match=r"cannot be shared, its layout differs"):
+        hub.convert(model, **WINDOW, fam_length=2, weights="share")
+    with pytest.raises(ValueError, match=r"token_embedding.embeddings cannot be shared, it is float32 there"):
+        hub.convert(source("Llama", 0)[0], **WINDOW, fam_length=2, weights="share", dtype="bfloat16")
+
+
+def test_lora_of_the_source_and_of_ours_is_merged():
+    model, _ = hub_families.source("Llama", 0, hidden_dim=16, num_layers=1)
+    model.backbone.enable_lora(2)
+    for v in model.weights:
+        if "lora" in v.name:
+            v.assign(keras.random.normal(v.shape, stddev=0.3, seed=1))
+    expected = hub_families.logits(model, hub_families.tokens())
+    lm = hub.convert(model, **WINDOW, fam_length=0)
+    equal(hub_families.logits(lm, hub_families.tokens()), expected)
+    layer = lm.backbone.blocks[0].gate
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(keras.random.normal(layer.lora_kernel_b.shape, seed=1))
+    back = hub.to_keras_hub(lm, models.LlamaCausalLM)
+    equal(hub_families.logits(back, hub_families.tokens()), hub_families.logits(lm, hub_families.tokens()))
+    with pytest.raises(ValueError, match="LoRA"):
+        hub.convert(model, **WINDOW, fam_length=0, weights="share")
+
+
+# Around the numbers --------------------------------------------------------------------------------------------------
+
+
+def test_the_preprocessor_is_carried_over():
+    words = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "Ġ": 4, "Ġa": 5}
+    tokenizer = models.QwenTokenizer(vocabulary=words, merges=["a b", "Ġ a"])
+    preprocessor = models.QwenCausalLMPreprocessor(tokenizer, sequence_length=16)
+    backbone = models.QwenBackbone(**small())
+    model = models.QwenCausalLM(backbone=backbone, preprocessor=preprocessor)
+    lm = hub.convert(model, **WINDOW, fam_length=2)
+    assert lm.preprocessor is preprocessor
+    x, _, _ = lm.preprocessor(["ab a", "b"])
+    assert tuple(lm(x).shape) == (2, 16, 31)
+    assert hub.to_keras_hub(lm, models.QwenCausalLM, drop_memory=True).preprocessor is preprocessor
+    assert isinstance(hub.convert(backbone, **WINDOW, fam_length=2), keras_fam.TransformerFAMBackbone)
+
+
+def test_a_converted_model_is_saved_and_loaded(tmp_path):
+    model, expected = source("Gemma 2", 0)
+    lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", random_state_passing=0.5, name="mine")
+    lm.save(tmp_path / "lm.keras")
+    loaded = keras.saving.load_model(tmp_path / "lm.keras")
+    assert loaded.name == "mine"
+    equal(hub_families.logits(loaded, hub_families.tokens()), expected)
+
+
+def test_the_dtype_is_the_sources_unless_given():
+    fields = small(dtype="bfloat16")
+    backbone = models.LlamaBackbone(**fields)
+    assert hub.convert(backbone, **WINDOW, fam_length=2).dtype_policy.name == "bfloat16"
+    wide = hub.convert(backbone, **WINDOW, fam_length=2, dtype="float32")
+    assert {v.dtype for v in wide.weights} == {"float32"}
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def refused(message, backbone, **options):
+    with pytest.raises(ValueError, match=message):
+        hub.convert(backbone, **{**WINDOW, "fam_length": 2, **options})
+
+
+def test_other_classes_are_refused():
+    gpt = models.GPT2Backbone(vocabulary_size=31, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8)
+    refused("There are tables for the backbones LlamaBackbone", gpt)
+    refused("Backbone or a CausalLM of KerasHub; received Dense", keras.layers.Dense(2))
+
+    class Derived(models.LlamaBackbone):
+        pass
+
+    refused("derived from one of them may compute something else", Derived(**small()))
+
+
+def test_fields_without_a_place_are_refused_by_name(monkeypatch):
+    refused(r"`dropout` .* has to be 0", models.LlamaBackbone(**small(dropout=0.1)))
+    factors = {"rope_scaling_short_factor": [1.0, 1.0], "rope_scaling_long_factor": [2.0, 2.0]}
+    refused("`rope_scaling_.*factor`", models.Phi3Backbone(**small(rope_scaling_type="su", **factors)))
+    gemma = small(head_dim=4, image_size=None)
+    refused("`use_bidirectional_attention`", models.Gemma3Backbone(**gemma, use_bidirectional_attention=True))
+    pooled = models.Gemma3Backbone(**gemma, is_embedding_model=True, pooling_intermediate_dim=4, embedding_dim=4)
+    refused("`embedding_dim`", pooled)
+    refused("float16", models.Gemma3Backbone(**gemma, dtype="float16"))
+    refused("both on or both off", models.Gemma3Backbone(**gemma, use_post_ffw_norm=True))
+    refused("`layer_norm_epsilon`=0.1 holds", models.GemmaBackbone(**small(head_dim=4, layer_norm_epsilon=0.1)))
+    refused("do not rotate as its fields say", models.LlamaBackbone(**small(rope_position_scaling_factor=4.0)))
+    config = models.LlamaBackbone.get_config
+    monkeypatch.setattr(models.LlamaBackbone, "get_config", lambda self: {**config(self), "sparse_heads": 3})
+    refused("does not name the field `sparse_heads`", models.LlamaBackbone(**small()))
+
+
+def test_a_vision_model_is_refused():
+    encoder = models.Gemma3VisionEncoder(image_size=8, patch_size=4, num_heads=2, hidden_dim=8, num_layers=1,
+                                         intermediate_dim=8, output_dim=16, pool_size=2)  # fmt: skip
+    refused("`vision_encoder`", models.Gemma3Backbone(**small(head_dim=4, image_size=8), vision_encoder=encoder))
+
+
+def test_a_quantized_source_is_refused():
+    model, _ = hub_families.source("Llama", 0, hidden_dim=16, num_layers=1)
+    model.backbone.transformer_layers[0]._feedforward_gate_dense.quantize("int8")
+    refused("quantized", model)
+
+
+def test_options_are_checked():
+    backbone = source("Llama", 0)[0].backbone
+    refused(r"The source decides \['hidden_dim', 'rope_wavelength'\]", backbone, hidden_dim=3, rope_wavelength=2.0)
+    refused(r"knows no setting \['fam_lenght'\]", backbone, fam_lenght=3)
+    refused("'copy' or 'share'", backbone, weights="lend")
+    refused("`fam_length` is at most `block_size`", backbone, fam_length=17)
+
+
+def test_a_memory_is_not_dropped_by_accident():
+    lm = hub.convert(source("Llama", 0)[0], **WINDOW, fam_length=2)
+    with pytest.raises(ValueError, match="drop_memory=True"):
+        hub.to_keras_hub(lm, models.LlamaCausalLM)
+
+
+def test_a_class_that_cannot_compute_the_model_is_refused():
+    lm = hub.convert(source("SmolLM (tied)", 0)[0].backbone, **WINDOW, fam_length=0)
+    with pytest.raises(ValueError, match="tie_weights"):
+        hub.to_keras_hub(lm, models.Phi3CausalLM)
+    with pytest.raises(ValueError, match=r"layer_norm_epsilon|activation"):
+        hub.to_keras_hub(lm, models.GemmaBackbone)
+    with pytest.raises(ValueError, match="tables for the backbones"):
+        hub.to_keras_hub(lm, models.GPT2CausalLM)
+    with pytest.raises(ValueError, match="no field"):
+        hub.to_keras_hub(lm, models.LlamaBackbone, sliding_window=3)
+
+
+def test_a_model_of_this_package_goes_to_keras_hub():
+    backbone = keras_fam.TransformerFAMBackbone(
+        vocabulary_size=31, num_layers=2, hidden_dim=16, num_query_heads=4, num_key_value_heads=2, intermediate_dim=24,
+        fam_length=0, tie_weights=True, **WINDOW,
+    )  # fmt: skip
+    lm = keras_fam.TransformerFAMCausalLM(backbone)
+    llama = hub.to_keras_hub(lm, models.LlamaCausalLM)
+    x = hub_families.tokens()
+    equal(hub_families.logits(llama, x), hub_families.logits(lm, x))
+    mistral = hub_families.source("Mistral", 0, sliding_window=64)[0]
+    lm = hub.convert(mistral, **WINDOW, fam_length=0)  # 64 keys never narrow the blocks' 32
+    back = hub.to_keras_hub(lm, models.MistralBackbone, sliding_window=64)
+    assert back.sliding_window == 64
+
+
+def test_without_keras_hub_the_extra_is_named(monkeypatch):
+    model = source("Llama", 0)[0]
+    monkeypatch.setitem(sys.modules, "keras_hub", None)
+    with pytest.raises(ImportError, match=r"keras-fam\[hub\]"):
+        hub.convert(model, **WINDOW, fam_length=2)
