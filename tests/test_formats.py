@@ -1,0 +1,178 @@
+"""One step as a file: read again in a process without keras_fam and Keras, token by token over block borders."""
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import support
+
+import keras_fam
+from keras_fam.export import formats
+from keras_fam.export.formats import export_step
+
+BACKEND = keras.backend.backend()
+FORMATS = [name for name, (_, backends) in formats.FORMATS.items() if BACKEND in backends]
+V, ROWS, TOTAL, S = 31, 3, 13, support.SMALL["block_size"]
+WRITES = {"onnx": ["onnxruntime", *{"jax": ["jax2onnx"], "torch": ["onnxscript"]}.get(BACKEND, [])]}
+# 13 tokens, three block borders; steps of 1 and of S in an order in which those of S start anywhere.
+STEPS = (1, 1, S, 1, S, 1, 1)
+
+READER = """
+import json, sys
+import numpy as np
+
+folder, kind, rows, steps, tokens = json.loads(sys.argv[1])
+suffix = {"onnx": "onnx", "litert": "tflite", "torch": "pt2"}[kind]
+
+
+def load(path):
+    if kind == "onnx":
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(path, options)
+        names = [x.name for x in session.get_outputs()]
+        return lambda **inputs: dict(zip(names, session.run(None, inputs)))
+    if kind == "litert":
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError:
+            import tensorflow as tf
+            Interpreter = tf.lite.Interpreter
+        return Interpreter(model_path=path).get_signature_runner("serving_default")
+    import torch
+    module = torch.export.load(path).module()
+
+    def run(**inputs):
+        with torch.no_grad():
+            results = module(**{name: torch.tensor(x) for name, x in inputs.items()})
+        return {name: x.numpy() for name, x in results.items()}
+
+    return run
+
+
+runs = {size: load(f"{folder}/step{size}.{suffix}") for size in set(steps)}
+back = json.load(open(f"{folder}/step{steps[0]}.json"))["state"]
+state = {name: np.repeat(x, rows, axis=0) for name, x in np.load(f"{folder}/step{steps[0]}.state.npz").items()}
+tokens, first, found = np.array(tokens, "int32")[:rows], 0, []
+for size in steps:
+    results = runs[size](token_ids=tokens[:, first : first + size], **state)
+    state, first = {name: results[output] for output, name in back.items()}, first + size
+    found.append(results["logits"])
+assert not {"keras", "keras_fam"} & set(sys.modules)
+np.save(f"{folder}/logits{rows}.npy", np.concatenate(found, axis=1))
+"""
+
+
+def make_model(**settings):
+    settings = {**support.SMALL, "num_layers": 1, "hidden_dim": support.HIDDEN_DIM, **settings}
+    backbone = keras_fam.TransformerFAMBackbone(vocabulary_size=V, **settings)
+    lm = keras_fam.TransformerFAMCausalLM(backbone)
+    lm.build()
+    rng = np.random.default_rng(0)
+    for variable in lm.weights:
+        variable.assign(rng.normal(size=variable.shape) * 0.5)
+    return lm
+
+
+@pytest.fixture(scope="module")
+def lm():
+    # Tracers of torch are slow: the layers of a model are alike there.
+    return make_model(num_layers=1 if BACKEND == "torch" else 2)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(0, V, (ROWS, TOTAL)).astype("int32")
+
+
+def suffix(format):
+    return formats.FORMATS[format][0]
+
+
+def read_elsewhere(folder, format, rows, tokens):
+    given = json.dumps([str(folder), format, rows, STEPS, tokens.tolist()])
+    done = subprocess.run([sys.executable, "-c", READER, given], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, f"{BACKEND}: {done.stderr[-3000:]}"
+    return np.load(folder / f"logits{rows}.npy")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_process_without_keras_reads_the_stream(format, lm, tokens, tmp_path):
+    for package in WRITES.get(format, []):
+        pytest.importorskip(package)
+    batch_size = ROWS if format == "litert" else None
+    for size in set(STEPS):
+        path = tmp_path / f"step{size}{suffix(format)}"
+        assert export_step(lm, path, format, tokens=size, batch_size=batch_size) == path
+    whole = lm.predict(tokens, verbose=0)
+    for rows in [ROWS] if batch_size else [1, ROWS]:
+        support.close(read_elsewhere(tmp_path, format, rows, tokens), whole[:rows], 1e-5)
+
+    known = json.loads((tmp_path / "step1.json").read_text())
+    assert known["inputs"]["token_ids"] == {"shape": [batch_size, 1], "dtype": "int32"}
+    assert known["outputs"]["logits"] == {"shape": [batch_size, 1, V], "dtype": "float32"}
+    assert known["state"]["next_state_layers_0_key"] == "state_layers_0_key"
+    assert known["outputs"]["next_state_cursor_fresh"] == {"shape": [batch_size], "dtype": "bool"}
+    first = np.load(tmp_path / "step1.state.npz")
+    assert list(first) == list(known["inputs"])[1:] == list(known["state"].values())
+    assert {x.shape[0] for x in first.values()} == {1}
+
+    with pytest.raises(ValueError, match="exists already"):
+        export_step(lm, tmp_path / f"step1{suffix(format)}", format, batch_size=batch_size)
+
+
+def test_a_step_that_forgets_is_not_kept(lm, tmp_path, monkeypatch):
+    format = FORMATS[-1]
+    for package in WRITES.get(format, []):
+        pytest.importorskip(package)
+    written = formats.step_files.load
+
+    def forgetful(format, path):
+        run = written(format, path)
+        return lambda inputs: {**run(inputs), "next_state_layers_0_fam": inputs["state_layers_0_fam"]}
+
+    monkeypatch.setattr(formats.step_files, "load", forgetful)
+    with pytest.raises(RuntimeError, match="next_state_layers_0_fam"):
+        export_step(lm, tmp_path / f"step{suffix(format)}", format, batch_size=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", sorted(set(formats.FORMATS) - set(FORMATS)))
+def test_other_backends_are_refused_with_the_remedy(format, lm, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.save\('model\.keras'\)` and export it .* KERAS_BACKEND="):
+        export_step(lm, tmp_path / f"step{suffix(format)}", format, batch_size=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments(lm, tmp_path):
+    format = FORMATS[0]
+    path = tmp_path / f"step{suffix(format)}"
+    for match, arguments in (
+        ("ends in", (lm, tmp_path / "step.bin", format)),
+        ("`format` is one of", (lm, path, "openvino")),
+        ("takes a TransformerFAMCausalLM", (keras.Sequential(), path, format)),
+        ("writes float32 models", (make_model(dtype="bfloat16"), path, format)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            export_step(*arguments, batch_size=1)
+    for settings in ({"tokens": 0}, {"tokens": True}, {"tokens": 1.0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="whole number of at least 1"):
+            export_step(lm, path, format, **settings)
+    if "litert" in FORMATS:
+        with pytest.raises(ValueError, match="fixed batch"):
+            export_step(lm, path, format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_names_the_extra(lm, tmp_path, monkeypatch):
+    if "onnx" not in FORMATS:
+        pytest.skip("needs no other package on this backend")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for package in WRITES["onnx"][1:]:
+        pytest.importorskip(package)
+    with pytest.raises(ImportError, match=r'pip install "keras-fam\[formats\]"'):
+        export_step(lm, tmp_path / "step.onnx", "onnx")
