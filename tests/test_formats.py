@@ -1,4 +1,4 @@
-"""One step as a file: read again in a process without keras_fam and Keras, token by token over block borders."""
+"""One step as a file: read in a process that has neither keras_fam nor Keras, token by token over block borders."""
 
 import json
 import subprocess
