@@ -12,6 +12,7 @@ import keras_fam
 # One table for the whole suite: relative error against the oracle, and between two ways of computing the same.
 ORACLE = {"float32": 1e-5, "float64": 1e-10}
 SPLIT = 1e-5
+SPLIT_FLOAT64 = 1e-12
 SPLIT_GRADIENT = 1e-4
 
 SMALL = {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_dim": 24, "block_size": 4,

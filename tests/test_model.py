@@ -60,15 +60,22 @@ def test_padding_and_steps_of_blocks(initial_fam):
     close(lm(TOKENS, padding_mask=mask), expected, ORACLE["float32"])
 
 
-def test_token_by_token_is_the_whole():
-    lm, _, _ = make()
-    whole, last = lm(TOKENS, return_state=True)
-    state, outputs = lm.get_initial_state(2), []
-    for i in range(TOKENS.shape[1]):
-        logits, state = lm.advance(TOKENS[:, i : i + 1], state)
-        outputs.append(logits)
-    close(ops.concatenate(outputs, axis=1), whole, support.SPLIT)
-    states_close(state, last, support.SPLIT)
+# Random weights differ in how much they amplify a rounding error of the token embeddings (measured with the NumPy loop:
+# 1.3 to 16 times among eight seeds): float32 is compared on a calm model, and float64 on the least calm one as well.
+@pytest.mark.parametrize(
+    ("dtype", "seed", "tolerance"), [("float32", 8, support.SPLIT), ("float64", 1, support.SPLIT_FLOAT64)]
+)
+def test_token_by_token_is_the_whole(dtype, seed, tolerance):
+    with support.float64():
+        lm, _, _ = make(seed=seed, dtype=dtype)
+        whole, last = lm(TOKENS, return_state=True)
+        assert keras.backend.standardize_dtype(whole.dtype) == dtype
+        state, outputs = lm.get_initial_state(2), []
+        for i in range(TOKENS.shape[1]):
+            logits, state = lm.advance(TOKENS[:, i : i + 1], state)
+            outputs.append(logits)
+        close(ops.concatenate(outputs, axis=1), whole, tolerance)
+        states_close(state, last, tolerance)
 
 
 def test_remat_changes_no_gradient():
