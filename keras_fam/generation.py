@@ -84,10 +84,12 @@ def generate_stream(
 
 
 def _steps(stream, count, sampler, stops):
+    model = stream.model
+
     def make(sampler):
         def step(state, logits, alive):
             token = ops.cast(sampler.get_next_token(sampler.compute_probabilities(logits)), "int32")
-            outputs, state = stream.model.advance(ops.expand_dims(token, 1), state, lengths=alive)
+            outputs, state = model.advance(ops.expand_dims(token, 1), state, lengths=alive)
             going = alive > 0
             after = ops.where(ops.expand_dims(going, 1), ops.cast(outputs[:, 0], logits.dtype), logits)
             return ops.where(going, token, -1), state, after

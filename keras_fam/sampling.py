@@ -114,10 +114,10 @@ def program(stream, kind, sampler, make):
     so keep one object for many calls. If the block raises, the sampler's seeds are as they were.
 
     Args:
-        stream: `StreamingModel`, which keeps the program.
+        stream: `StreamingModel`; its model keeps the program, for all streams.
         kind: what tells programs apart, besides the sampler.
         sampler: the sampler of this call.
-        make: `make(sampler)` returns the function of tensors to compile.
+        make: `make(sampler)` returns the function of tensors to compile. It may hold the model, but not the stream.
     """
     ours = type(sampler).__module__.startswith("keras_hub.")
     config = {k: v for k, v in sampler.get_config().items() if k != "seed"} if ours else {}
@@ -132,7 +132,8 @@ def program(stream, kind, sampler, make):
             result = function(*args)
             return result, [ops.copy(variable.value) for variable in own.variables]
 
-        stream._programs[key] = compiled(seeded, lambda: stream.model.variables)
+        model = stream.model
+        stream._programs[key] = compiled(seeded, lambda: model.variables)
     call, before = stream._programs[key], [copied(v.value) for v in sampler.variables]
 
     def run(*args):
@@ -164,10 +165,12 @@ def choose(stream, count, sampler, stops):
     num_stops = 1 << (len(stops) - 1).bit_length() if stops else 0
     given = np.array([*stops, *[-2] * (num_stops - len(stops))], "int32")  # a program serves any stop tokens
 
+    model = stream.model
+
     def make(sampler):
         def run(state, logits, steps, given):
             ends = [given[i] for i in range(num_stops)]
-            return sample(stream.model, state, logits, size, sampler, ends, steps=None if exact else steps)
+            return sample(model, state, logits, size, sampler, ends, steps=None if exact else steps)
 
         return run
 

@@ -11,7 +11,7 @@ from keras import ops
 from keras_fam import sessions
 from keras_fam.carried import StreamTraining, predict_chunks
 from keras_fam.generation import generate, generate_stream
-from keras_fam.ops.backend import compiled
+from keras_fam.ops.backend import compiled, programs_of
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 
 
@@ -22,6 +22,17 @@ def _last(outputs, before, lengths):
     place = ops.maximum(lengths - 1, 0)[:, None, None]
     last = ops.cast(ops.take_along_axis(outputs, place, axis=1)[:, 0], "float32")
     return ops.where(lengths[:, None] > 0, last, before)
+
+
+def _step(model, aligned):
+    """The function that is compiled: a piece, state and logits in; outputs, state and logits out."""
+
+    def step(piece, state, lengths=None):
+        state, logits = state
+        outputs, state = model.advance(piece, state, lengths=lengths, aligned=aligned)
+        return outputs, (state, logits if isinstance(logits, tuple) else _last(outputs, logits, lengths))
+
+    return step
 
 
 class StreamingModel(StreamTraining):
@@ -56,7 +67,7 @@ class StreamingModel(StreamTraining):
         self.model, self.batch_size = model, batch_size
         self.block_size = getattr(model, "backbone", getattr(model, "attention", model)).block_size
         self.step_size = blocks_per_step * self.block_size
-        self._programs = {}
+        self._programs = programs_of(model)
         self._start_anew()
 
     # Reading ----------------------------------------------------------------------------------------------------
@@ -138,17 +149,10 @@ class StreamingModel(StreamTraining):
             piece = np.pad(piece, [(0, 0), (0, padded - size)] + [(0, 0)] * (piece.ndim - 2))
         key = (aligned, lengths is not None)
         if key not in self._programs:
-            self._programs[key] = compiled(self._step(aligned), lambda: self.model.variables)
+            model = self.model  # programs outlive the stream
+            self._programs[key] = compiled(_step(model, aligned), lambda: model.variables)
         given = () if lengths is None else (ops.convert_to_tensor(lengths),)
         return self._programs[key](ops.convert_to_tensor(piece), state, *given)
-
-    def _step(self, aligned):
-        def step(piece, state, lengths=None):
-            state, logits = state
-            outputs, state = self.model.advance(piece, state, lengths=lengths, aligned=aligned)
-            return outputs, (state, logits if isinstance(logits, tuple) else _last(outputs, logits, lengths))
-
-        return step
 
     generate, generate_stream = generate, generate_stream
 

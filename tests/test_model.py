@@ -1,5 +1,8 @@
 """Backbone and language model: the oracle, training options, files, presets."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -197,3 +200,16 @@ def test_stream_of_chunks_of_any_length():
     with pytest.raises(ValueError, match="3 rows"):
         stream.predict(tokens[:2])
     np.testing.assert_array_equal(stream.position, before)
+
+
+def test_streams_of_one_model_share_programs_and_do_not_outlive_their_use():
+    lm, _, _ = make()
+    first = keras_fam.StreamingModel(lm, 2)
+    expected = first.predict(TOKENS[:, :3])
+    programs, gone = dict(first._programs), weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None, "a compiled program keeps a stream, and so its state, alive"
+    second = keras_fam.StreamingModel(lm, 2)
+    np.testing.assert_array_equal(second.predict(TOKENS[:, :3]), expected)
+    assert second._programs == programs and programs

@@ -95,6 +95,11 @@ def remat(function, variables):
     return with_values
 
 
+def programs_of(model) -> dict:
+    """Where a model's compiled programs are kept, for all that stream through it: each is compiled once."""
+    return vars(model).setdefault("_stream_programs", {})  # past Keras' tracking of attributes
+
+
 def compiled(function, variables):
     """A compiled form of a function of tensors that reads `variables` and is not differentiated.
 
@@ -108,25 +113,33 @@ def compiled(function, variables):
     if backend == "jax":
         import jax
 
-        def pure(values, *args):
-            with keras.StatelessScope(state_mapping=list(zip(variables(), values, strict=True))):
-                return function(*args)
+        def make():
+            def pure(values, *args):
+                with keras.StatelessScope(state_mapping=list(zip(variables(), values, strict=True))):
+                    return function(*args)
 
-        program = jax.jit(pure)
-        return lambda *args: program([v.value for v in variables()], *args)
+            program = jax.jit(pure)
+            return lambda *args: program([v.value for v in variables()], *args)
+
+        return _remade(make, variables)
     if backend == "tensorflow":
         import tensorflow as tf
 
-        programs = {}
-
-        def run(*args):  # LoRA and quantization replace variables, which a traced program would not see
-            key = tuple(map(id, variables()))
-            if key not in programs:
-                programs.clear()
-                programs[key] = tf.function(function, autograph=False, reduce_retracing=False)
-            return programs[key](*args)
-
-        return run
+        return _remade(lambda: tf.function(function, autograph=False, reduce_retracing=False), variables)
     import torch
 
     return torch.no_grad()(function)
+
+
+def _remade(make, variables):
+    """The program that `make()` returns, made anew when variables were replaced (LoRA, quantization)."""
+    held, program = None, None
+
+    def run(*args):
+        nonlocal held, program
+        now = variables()
+        if held is None or len(held) != len(now) or any(a is not b for a, b in zip(held, now, strict=True)):
+            held, program = list(now), make()
+        return program(*args)
+
+    return run
