@@ -101,6 +101,8 @@ class StreamingModel(StreamTraining):
     def _read(self, chunk, lengths=None, keep=True):
         """`predict` with the outputs as a list of pieces; none are fetched unless `keep`."""
         chunk = np.asarray(chunk)
+        if chunk.dtype.kind in "iu":
+            chunk = chunk.astype("int32")  # one program, whatever the width of the ids
         if chunk.ndim < 2 or chunk.shape[0] != self.batch_size or chunk.shape[1] == 0:
             raise ValueError(
                 f"A chunk is [batch_size, T, …] with {self.batch_size} rows and T ≥ 1; received shape {chunk.shape}. "

@@ -213,3 +213,17 @@ def test_streams_of_one_model_share_programs_and_do_not_outlive_their_use():
     second = keras_fam.StreamingModel(lm, 2)
     np.testing.assert_array_equal(second.predict(TOKENS[:, :3]), expected)
     assert second._programs == programs and programs
+
+
+def test_ids_of_any_width_run_in_one_program(monkeypatch):
+    """Otherwise every program would be compiled for int32 and once more for int64, NumPy's own width."""
+    lm, _, _ = make()
+    stream, seen = keras_fam.StreamingModel(lm, 2), []
+    advance = lm.advance
+    monkeypatch.setattr(
+        lm, "advance", lambda ids, *args, **options: seen.append(ids.dtype) or advance(ids, *args, **options)
+    )
+    for dtype in ("int64", "int32", "uint8"):
+        stream.reset_state()
+        stream.predict(TOKENS[:, :3].astype(dtype))
+    assert {keras.backend.standardize_dtype(dtype) for dtype in seen} == {"int32"}
