@@ -51,7 +51,7 @@ def logits(lm, x=None):
 def shake(lm, seed=2):
     """Gives the updates random values: they start as nothing."""
     for i, layer in enumerate(lm.lora_layers().values()):
-        layer.lora_kernel_b.assign(keras.random.normal(layer.lora_kernel_b.shape, stddev=0.4, seed=seed + i))
+        layer.lora_kernel_b.assign(keras.random.normal(layer.lora_kernel_b.shape, stddev=0.2, seed=seed + i))
 
 
 def read_alone(lm):
@@ -97,12 +97,12 @@ def test_factors_have_the_gradients_of_keras_own_layers():
     heads.build((None, 2, 3))
     query = keras.layers.EinsumDense("rd,dnh->rnh", output_shape=(2, 3))
     query.build((None, 6))
-    for layer, axes in ((dense, 1), (heads, 2), (query, 1)):
+    for layer, axes, out in ((dense, 1, (5,)), (heads, 2, (5,)), (query, 1, (2, 3))):
         layer.enable_lora(2, lora_alpha=3.0)
         layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape))
         x = rng.normal(size=(2, 4, 2, 3) if axes == 2 else (2, 4, 6)).astype("float32")
         flat = x.reshape(8, *x.shape[2:])
-        weight = rng.normal(size=(8, *numpy(layer(flat)).shape[1:])).astype("float32")
+        weight = ops.convert_to_tensor(rng.normal(size=(8, *out)).astype("float32"))
         wanted = gradients(
             lambda x, layer=layer, weight=weight: ops.sum(layer.call(x) * weight),
             [flat, layer.lora_kernel_a, layer.lora_kernel_b],
@@ -131,9 +131,9 @@ def test_only_updates_and_the_memory_prompt_are_trained(train_memory):
             int(np.prod(v.shape)) for v in lm.trainable_weights
         )
     x = tokens(16)
-    lm.compile(keras.optimizers.SGD(1.0))
+    lm.compile(keras.optimizers.Adam(0.02))
     first = lm.fit(x, np.roll(x, -1, 1), epochs=3, verbose=0).history["loss"]
-    assert first[-1] < first[0]
+    assert first[-1] < first[0] - 0.01
     for v in lm.weights:
         if v.path in base:
             moved = np.abs(ops.convert_to_numpy(v) - base[v.path]).max()
@@ -178,9 +178,9 @@ def test_lora_refuses_what_does_not_fit(tmp_path):
     before = {name: numpy(layer.lora_kernel_a) for name, layer in lm.lora_layers().items()}
     other = model()
     other.enable_lora(3, "feed_forward")
-    with pytest.raises(ValueError, match="fits another model: factors of block_0/down"):
+    with pytest.raises(ValueError, match=r"has rank 2 and alpha 2.0; LoRA is on with rank 3"):
         other.load_lora_weights(path)
-    with pytest.raises(ValueError, match="fits another model"):
+    with pytest.raises(ValueError, match="fits another model: factors of block_0/down"):
         model(intermediate_dim=20).load_lora_weights(path)
     short = model(fam_length=2)
     with pytest.raises(ValueError, match="first memories of shapes"):
@@ -256,7 +256,8 @@ def test_fit_evaluate_and_predict_on_strings():
     x, y, weights = lm.preprocessor(texts)
     weights = numpy(weights).astype("float32")
     found = lm.evaluate(texts, batch_size=2, verbose=0)
-    expected = lm.evaluate({k: numpy(v) for k, v in x.items()}, numpy(y), sample_weight=weights, batch_size=2, verbose=0)
+    x = {name: numpy(value) for name, value in x.items()}
+    expected = lm.evaluate(x, numpy(y), sample_weight=weights, batch_size=2, verbose=0)
     assert found == pytest.approx(expected, rel=1e-5)
     history = lm.fit(texts, epochs=2, batch_size=2, validation_data=texts[:2], verbose=0).history
     assert history["loss"][1] < history["loss"][0] and len(history["val_loss"]) == 2
@@ -322,7 +323,7 @@ def test_a_folder_that_is_no_preset_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "keras_fam.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "format": "keras_fam.preset/9"}))
-    with pytest.raises(ValueError, match="reads 'keras_fam.preset/1'"):
+    with pytest.raises(ValueError, match=r"reads 'keras_fam.preset/1'"):
         load(tmp_path)
     config = {**record["backbone"]["config"], "sparse_heads": 3}
     path.write_text(json.dumps({**record, "backbone": {**record["backbone"], "config": config}}))

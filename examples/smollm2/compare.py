@@ -57,7 +57,9 @@ def greedy(args, source, ids):
         tokens[i, : len(prompt)], mask[i, : len(prompt)] = prompt, 1
     preprocessor, source.preprocessor = source.preprocessor, None
     source.compile(sampler="greedy")
-    expected = np.asarray(source.generate({"token_ids": tokens, "padding_mask": mask}, stop_token_ids=None)["token_ids"])
+    expected = np.asarray(
+        source.generate({"token_ids": tokens, "padding_mask": mask}, stop_token_ids=None)["token_ids"]
+    )
     source.preprocessor = preprocessor
     same = {}
     for name, memory in (("BSWA", {"fam_length": 0}), ("FAM", {"fam_length": args.fam, "initial_fam": "summary"})):
@@ -92,7 +94,7 @@ def perplexity(args, source, ids, context=1024):
 
 
 def speed(args, source, ids, contexts=(2048, 4096, 8192)):
-    """Tokens per second, reading: KerasHub's backbone over a whole context at once, a stream through the same weights."""
+    """Tokens read per second: KerasHub's backbone over a whole context at once, and a stream with the same weights."""
     backbone, book = source.backbone, ids[HELD_OUT[0]]
     lm = keras_fam.hub.convert(
         backbone, block_size=args.block, memory_segments=args.segments, fam_length=args.fam, weights="share", seed=0

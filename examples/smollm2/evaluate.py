@@ -1,6 +1,7 @@
 """Perplexity by position on held-out novels: plain windows, BSWA and FAM, before and after LoRA, memory knocked out."""
 
 import gc
+import itertools
 import json
 import time
 
@@ -9,12 +10,13 @@ import numpy as np
 from books import HELD_OUT, book_ids
 from keras import ops
 from model import load
-from train import converted
+from plot import plot
 
 import keras_fam
 from keras_fam.ops.backend import compiled
 
 KNOCK_OUTS = ("zeroed", "frozen", "shuffled")
+MEMORY = ("fam", "fam_key", "fam_value")
 
 
 def held_out_rows(ids, rows, tokens):
@@ -40,7 +42,7 @@ def knock_out(lm, state, how, rng):
         return {"zeroed": ops.zeros_like(memory), "frozen": start}[how]
 
     layers = [
-        layer._replace(**{name: spoil(getattr(layer, name), getattr(start, name)) for name in ("fam", "fam_key", "fam_value")})
+        layer._replace(**{name: spoil(getattr(layer, name), getattr(start, name)) for name in MEMORY})
         for layer, start in zip(state.layers, first.layers, strict=True)
     ]
     return state._replace(layers=tuple(layers))
@@ -71,8 +73,9 @@ def log_losses(lm, rows, step, how=None, seed=0, watch=None):
 def summary(losses, window, edges=(0, 128, 256, 512, 1024, 2048, 4096, 8192)):
     """Perplexity in all, at positions beyond the window, and between positions."""
     edges = [e for e in edges if e < losses.shape[1]] + [losses.shape[1]]
-    parts = {f"{a}-{b}": float(np.exp(losses[:, a:b].mean())) for a, b in zip(edges, edges[1:], strict=False)}
-    return {"all": float(np.exp(losses.mean())), "beyond": float(np.exp(losses[:, window:].mean())), "by position": parts}
+    parts = {f"{a}-{b}": float(np.exp(losses[:, a:b].mean())) for a, b in itertools.pairwise(edges)}
+    every, beyond = float(np.exp(losses.mean())), float(np.exp(losses[:, window:].mean()))
+    return {"all": every, "beyond": beyond, "by position": parts}
 
 
 def against(losses, others, window):
@@ -101,12 +104,14 @@ def evaluate(args):
         for other in ("BSWA", "BSWA + LoRA"):
             if other in losses and other != name:
                 record[name][f"against {other}"] = against(losses[name], losses[other], window)
-        print(f"{name:<24} all {found['all']:.3f}  beyond {window}: {found['beyond']:.3f}  {found['by position']}", flush=True)
+        parts = {where: round(value, 2) for where, value in found["by position"].items()}
+        print(f"{name:<24} all {found['all']:.3f}  beyond {window}: {found['beyond']:.3f}  {parts}", flush=True)
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {"rows": args.rows, "tokens": args.tokens, "block": args.block, "segments": args.segments,
                     "fam": args.fam, "feedback": args.feedback, "held out": HELD_OUT, "keras": keras.__version__,
                     "backend": keras.backend.backend()}  # fmt: skip
-        report.write_text(json.dumps({"settings": settings, **{k: v for k, v in record.items() if k != "settings"}}, indent=1) + "\n")
+        record["settings"] = settings
+        report.write_text(json.dumps(record, indent=1) + "\n")
         np.savez(losses_file, **losses)
 
     def base(**changes):
@@ -127,4 +132,5 @@ def evaluate(args):
         for how in KNOCK_OUTS if fam else ():
             measure(f"{name}, {how}", lm, how)
         gc.collect()
+    plot(args, losses, args.out / "perplexity.png")
     return record

@@ -32,7 +32,7 @@ def kernel(weight, heads):
 
 
 def unpermuted(weight, heads):
-    """Rows of queries and keys in the order of rotated halves; llama.cpp stores the pairs of a rotation side by side."""
+    """Rows of queries and keys as rotated halves; llama.cpp stores the pairs of a rotation side by side."""
     out, width = weight.shape
     return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 

@@ -86,7 +86,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         steps = (epoch + 1) * self.args.epoch
-        self.log.append({"step": steps, "seconds": round(time.time() - self.began, 1), **{k: float(v) for k, v in logs.items()}})
+        seconds = round(time.time() - self.began, 1)
+        self.log.append({"step": steps, "seconds": seconds, **{k: float(v) for k, v in logs.items()}})
         self.began = time.time()
         slot = "ab"[(epoch + 1) % 2]  # the report names the files that belong together
         names = {"weights": f"{slot}.lora.h5", "state": f"{slot}.npz"}
@@ -136,5 +137,6 @@ def train(args):
         callbacks.append(keras.callbacks.TensorBoard(args.out / "logs", write_graph=False))
     except ImportError:
         print("no TensorBoard logs: they need tensorflow")
-    lm.fit(data, epochs=args.steps // args.epoch, initial_epoch=done // args.epoch, callbacks=callbacks, verbose=args.verbose)
+    epochs = {"epochs": args.steps // args.epoch, "initial_epoch": done // args.epoch}
+    lm.fit(data, **epochs, callbacks=callbacks, verbose=args.verbose)
     return lm

@@ -30,6 +30,12 @@ class TransformerFAMCausalLM(TaskLoRA, TextTask, StreamingModelMixin, keras.Mode
         self.backbone = backbone
         self.preprocessor = preprocessor
 
+    def __setattr__(self, name, value):
+        if name == "preprocessor":  # no part of what is computed: kept past Keras' tracking, so it can be replaced
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def build(self, input_shape=None):
         """Makes all weights; `input_shape` may be left out."""
         self.backbone.build(input_shape)

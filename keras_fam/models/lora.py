@@ -7,6 +7,7 @@ rest, and keeps the factors in files of their own.
 import os
 import pathlib
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -71,7 +72,8 @@ class LoRA:
         What `enable_lora` froze can be trained again. Compile the model afterwards.
 
         Raises:
-            ValueError: without LoRA, or if a kernel is quantized (merge first, then quantize); nothing has changed then.
+            ValueError: without LoRA, or if a kernel is quantized (merge first, then quantize); nothing has
+                changed then.
         """
         layers = self._with_lora()
         for name, layer in layers.items():
@@ -246,9 +248,9 @@ def _candidates(block):
 
 def _remove(layer):
     """Takes the factors out of a Keras layer."""
-    layer._tracker.unlock()
-    del layer.lora_kernel_a, layer.lora_kernel_b
-    layer._tracker.lock()
+    for name in ("lora_kernel_a", "lora_kernel_b"):
+        layer._untrack_variable(getattr(layer, name))
+        super(keras.layers.Layer, layer).__delattr__(name)  # the layer's own collects garbage, every time
     layer.lora_enabled = False
     layer.lora_rank = layer.lora_alpha = None
 

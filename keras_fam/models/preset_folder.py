@@ -79,7 +79,7 @@ def load_backbone(folder, backbone_class, load_weights=True, **changes):
     try:
         made = keras.saving.deserialize_keras_object({**record["backbone"], "config": {**config, **changes}})
     except TypeError as error:
-        raise ValueError(f"{folder / CONFIG} has settings that this version of keras_fam does not know: {error}") from error
+        raise ValueError(f"{folder / CONFIG} has settings that this keras_fam does not know: {error}") from error
     if not isinstance(made, backbone_class):
         raise ValueError(f"{folder} holds a {type(made).__name__}, not a {backbone_class.__name__}.")
     made.build()
