@@ -27,6 +27,8 @@ def parser():
     shared.add_argument("--segments", type=int, default=1, help="m, past blocks that stay visible")
     shared.add_argument("--fam", type=int, default=32, help="F, rows of memory; 0 is BSWA")
     shared.add_argument("--feedback", choices=["normalized", "residual"], default="normalized")
+    shared.add_argument("--initial", choices=["prompt", "summary"], default="summary", help="first memory (App. B.1)")
+    shared.add_argument("--sink", action=argparse.BooleanOptionalAction, default=True, help="see `model.with_memory`")
     shared.add_argument("--seed", type=int, default=0)
     shared.add_argument("--out", type=pathlib.Path, default=OUT)
 
@@ -48,6 +50,7 @@ def parser():
     train.add_argument("--repeat-weight", type=float, default=0.1)
     train.add_argument("--passing", type=float, default=0.8, help="p of Random State Passing")
     train.add_argument("--run", type=int, default=8, help="steps that read on in one place")
+    train.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write its logs")
     train.add_argument("--verbose", type=int, default=1, help="1: progress bar, 2: a line per checkpoint")
 
     evaluate = command("evaluate", "perplexity by position on the held-out novels")

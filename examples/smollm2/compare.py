@@ -9,7 +9,7 @@ import numpy as np
 from books import HELD_OUT, book_ids
 from evaluate import log_losses
 from keras import ops
-from model import chat, load, stop_tokens
+from model import chat, load, stop_tokens, with_memory
 
 import keras_fam
 from keras_fam.ops.backend import compiled
@@ -24,10 +24,7 @@ QUESTIONS = (
 def answer(args):
     """Prints the answer to a question, by the model with a memory."""
     source = load()
-    lm = keras_fam.hub.convert(
-        source, block_size=args.block, memory_segments=args.segments, fam_length=args.fam, initial_fam="summary",
-        weights="share", seed=args.seed,
-    )  # fmt: skip
+    lm = with_memory(source, args, initial_fam="summary")
     lm.compile(sampler="greedy")
     stream = keras_fam.StreamingModel(lm, 1)
     text = stream.generate(

@@ -9,10 +9,9 @@ import keras
 import numpy as np
 from books import HELD_OUT, book_ids
 from keras import ops
-from model import load
+from model import load, with_memory
 from plot import plot
 
-import keras_fam
 from keras_fam.ops.backend import compiled
 
 KNOCK_OUTS = ("zeroed", "frozen", "shuffled")
@@ -115,18 +114,17 @@ def evaluate(args):
         np.savez(losses_file, **losses)
 
     def base(**changes):
-        settings = {"block_size": args.block, "memory_segments": args.segments, "fam_length": 0, **changes}
-        return keras_fam.hub.convert(source, weights="share", seed=args.seed, **settings)
+        return with_memory(source, args, **{"fam": 0, **changes})
 
     if not args.trained_only:
         measure("full attention", base(block_size=args.tokens, memory_segments=0), step=args.tokens)
         measure(f"sliding window {window}", base(memory_segments=args.segments + 1, attention_window=window))
         measure("BSWA", base())
-        measure("FAM", base(fam_length=args.fam, fam_feedback=args.feedback))
+        measure("FAM", base(fam=args.fam))
     for name, folder, fam in (("BSWA + LoRA", args.bswa, 0), ("FAM + LoRA", args.trained, args.fam)):
         if folder is None or not (folder / "training.json").exists():
             continue
-        lm = base(fam_length=fam, fam_feedback=args.feedback)
+        lm = base(fam=fam)
         lm.load_lora_weights(folder / json.loads((folder / "training.json").read_text())["weights"])
         measure(name, lm)
         for how in KNOCK_OUTS if fam else ():

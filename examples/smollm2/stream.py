@@ -9,9 +9,7 @@ import keras
 import numpy as np
 from books import book_ids
 from evaluate import log_losses
-from model import load
-
-import keras_fam
+from model import load, with_memory
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -28,10 +26,7 @@ def stream(args):
     step = 4 * args.block
     length = min(args.tokens or len(ids), len(ids)) - 1
     ids = ids[: length // step * step + 1]
-    lm = keras_fam.hub.convert(
-        source, block_size=args.block, memory_segments=args.segments, fam_length=args.fam, fam_feedback=args.feedback,
-        weights="share", seed=args.seed,
-    )  # fmt: skip
+    lm = with_memory(source, args)
     if args.trained is not None:
         lm.load_lora_weights(args.trained / json.loads((args.trained / "training.json").read_text())["weights"])
         lm.merge_lora()

@@ -15,9 +15,7 @@ import keras
 import numpy as np
 from books import TRAINING, book_ids
 from keras import ops
-from model import load
-
-import keras_fam
+from model import load, with_memory
 
 TAG = "\n\n[repeat random segment]:"
 
@@ -73,7 +71,11 @@ class Checkpoint(keras.callbacks.Callback):
         if not report.exists():
             return 0
         record = json.loads(report.read_text())
-        same = {k: v for k, v in vars(self.args).items() if k in record["args"] and k not in ("steps", "out")}
+        same = {
+            k: v
+            for k, v in vars(self.args).items()
+            if k in record["args"] and k not in ("steps", "out", "verbose", "tensorboard")
+        }
         changed = {k for k, v in same.items() if record["args"][k] != v}
         if changed:
             raise ValueError(f"{self.folder} holds a training with other {sorted(changed)}; choose another --out.")
@@ -99,25 +101,11 @@ class Checkpoint(keras.callbacks.Callback):
         os.replace(report, self.folder / "training.json")
 
 
-def converted(args, source=None):
-    """SmolLM2 with blocks of the size in `args`, not trained."""
-    return keras_fam.hub.convert(
-        source or load(),
-        block_size=args.block,
-        memory_segments=args.segments,
-        fam_length=args.fam,
-        fam_feedback=args.feedback,
-        random_state_passing=args.passing if args.fam else 0.0,
-        weights="share" if source is None else "copy",
-        seed=args.seed,
-    )
-
-
 def train(args):
     """Trains until `args.steps`, from where an earlier call stopped."""
     keras.utils.set_random_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    lm = converted(args)
+    lm = with_memory(load(), args, random_state_passing=args.passing if args.fam else 0.0)
     lm.enable_lora(args.rank)
     count = sum(int(np.prod(v.shape)) for v in lm.trainable_variables)
     print(f"{count:,} trainable parameters in {len(lm.trainable_variables)} weights; {lm.count_params():,} in all")
@@ -131,12 +119,8 @@ def train(args):
         print(f"going on after step {done}")
     data = Reading(book_ids(lm.preprocessor.tokenizer, args.out.parent), lm.preprocessor.tokenizer, args, done)
     callbacks = [checkpoint]
-    try:
-        import tensorflow  # noqa: F401  (TensorBoard's files are written by TensorFlow)
-
+    if args.tensorboard:  # TensorFlow writes the files
         callbacks.append(keras.callbacks.TensorBoard(args.out / "logs", write_graph=False))
-    except ImportError:
-        print("no TensorBoard logs: they need tensorflow")
     epochs = {"epochs": args.steps // args.epoch, "initial_epoch": done // args.epoch}
     lm.fit(data, **epochs, callbacks=callbacks, verbose=args.verbose)
     return lm
