@@ -13,6 +13,7 @@ from keras import ops
 from support import close, gradients, numpy
 
 import keras_fam
+from keras_fam.generation import tokenize
 from keras_fam.layers.apply import run_rows
 from keras_fam.ops.backend import compiled
 
@@ -263,6 +264,7 @@ def test_fit_evaluate_and_predict_on_strings():
     assert history["loss"][1] < history["loss"][0] and len(history["val_loss"]) == 2
     assert lm.predict(np.array(texts), batch_size=2, verbose=0).shape == (4, 8, 31)
     assert lm.generate("ab", max_length=6).startswith("ab")
+    assert tokenize(lm, "ab a", start=True) == [3, 5], "there is no start token to add"
     with pytest.raises(ValueError, match="leave `y` and weights out"):
         lm.fit(texts, np.zeros(4))
     lm.preprocessor = None

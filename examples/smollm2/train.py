@@ -6,6 +6,7 @@ something to remember. Training stops and goes on where it was: LoRA updates, op
 Passing keeps are on disk after every `epoch` steps.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -119,8 +120,11 @@ def train(args):
         print(f"going on after step {done}")
     data = Reading(book_ids(lm.preprocessor.tokenizer, args.out.parent), lm.preprocessor.tokenizer, args, done)
     callbacks = [checkpoint]
-    if args.tensorboard:  # TensorFlow writes the files
+    writers = all(importlib.util.find_spec(name) for name in ("tensorboard", "tensorflow"))
+    if args.tensorboard and writers:
         callbacks.append(keras.callbacks.TensorBoard(args.out / "logs", write_graph=False))
+    elif args.tensorboard:
+        print("no TensorBoard logs: they need the packages tensorboard and tensorflow")
     epochs = {"epochs": args.steps // args.epoch, "initial_epoch": done // args.epoch}
     lm.fit(data, **epochs, callbacks=callbacks, verbose=args.verbose)
     return lm
