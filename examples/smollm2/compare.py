@@ -90,15 +90,32 @@ def perplexity(args, source, ids, context=1024):
     return found
 
 
+def ready(backbone, tokens):
+    """A compiled call of a KerasHub backbone, hidden states of the last token; it was not run yet where JAX allows."""
+
+    def call(tokens):
+        return ops.sum(backbone({"token_ids": tokens, "padding_mask": ops.ones_like(tokens)})[:, -1])
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def pure(values, tokens):
+            with keras.StatelessScope(state_mapping=list(zip(backbone.variables, values, strict=True))):
+                return call(tokens)
+
+        values = [v.value for v in backbone.variables]
+        program = jax.jit(pure).lower(values, tokens).compile()
+        return lambda tokens: float(program(values, tokens))
+    run = compiled(call, lambda: backbone.variables)
+    run(tokens)
+    return lambda tokens: float(ops.convert_to_numpy(run(tokens)))
+
+
 def speed(args, source, ids, contexts=(2048, 4096, 8192)):
     """Tokens read per second: KerasHub's backbone over a whole context at once, and a stream with the same weights."""
     backbone, book = source.backbone, ids[HELD_OUT[0]]
     lm = keras_fam.hub.convert(
         backbone, block_size=args.block, memory_segments=args.segments, fam_length=args.fam, weights="share", seed=0
-    )
-    theirs = compiled(
-        lambda x: ops.sum(backbone({"token_ids": x, "padding_mask": ops.ones_like(x)})[:, -1]),
-        lambda: backbone.variables,
     )
     stream, found = keras_fam.StreamingModel(lm, 1), {}
 
@@ -110,9 +127,8 @@ def speed(args, source, ids, contexts=(2048, 4096, 8192)):
     read(book[None, :1024])  # compiles the one program of the stream
     for context in contexts:
         tokens = book[None, :context]
-        seconds = {}
-        theirs(tokens)  # compiles
-        for name, call in (("KerasHub", lambda t: float(ops.convert_to_numpy(theirs(t)))), ("stream", read)):
+        theirs, seconds = ready(backbone, tokens), {}
+        for name, call in (("KerasHub", theirs), ("stream", read)):
             began = time.perf_counter()
             call(tokens)
             seconds[name] = time.perf_counter() - began
