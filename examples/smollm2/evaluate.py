@@ -48,7 +48,10 @@ def knock_out(lm, state, how, rng):
 
 
 def log_losses(lm, rows, step, how=None, seed=0, watch=None):
-    """−log p of tokens 1, 2, … given all before, `[B, T]`, streamed `step` tokens at a time."""
+    """−log p of tokens 1, 2, … given all before, `[B, T]`, streamed `step` tokens at a time.
+
+    `watch(position, losses so far)` is called after every step; memory is knocked out before it if `how` is given.
+    """
 
     def read(inputs, targets, state):
         logits, state = lm.advance(inputs, state, aligned=True)
@@ -65,7 +68,7 @@ def log_losses(lm, rows, step, how=None, seed=0, watch=None):
         loss, state = run(ops.convert_to_tensor(part[:, :-1]), ops.convert_to_tensor(part[:, 1:]), state)
         found.append(ops.convert_to_numpy(loss))
         if watch is not None:
-            watch(start + step)
+            watch(start + step, found)
     return np.concatenate(found, axis=1)
 
 
