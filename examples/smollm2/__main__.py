@@ -42,7 +42,7 @@ def parser():
     train = command("train", "LoRA on four novels; goes on where it stopped")
     train.add_argument("--run-name", default="fam", help="folder below --out")
     train.add_argument("--rank", type=int, default=16)
-    train.add_argument("--rate", type=float, default=1e-3)
+    train.add_argument("--rate", type=float, default=3e-4)
     train.add_argument("--steps", type=int, default=200)
     train.add_argument("--epoch", type=int, default=10, help="steps between checkpoints")
     train.add_argument("--tokens", type=int, default=1024, help="tokens in a step")

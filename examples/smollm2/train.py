@@ -111,7 +111,7 @@ def train(args):
     count = sum(int(np.prod(v.shape)) for v in lm.trainable_variables)
     print(f"{count:,} trainable parameters in {len(lm.trainable_variables)} weights; {lm.count_params():,} in all")
     rate = keras.optimizers.schedules.CosineDecay(0.0, args.steps, warmup_target=args.rate, warmup_steps=10, alpha=0.05)
-    lm.compile(keras.optimizers.Adam(rate, clipnorm=1.0), jit_compile=keras.backend.backend() != "torch")
+    lm.compile(keras.optimizers.Adam(rate, global_clipnorm=1.0), jit_compile=keras.backend.backend() != "torch")
     lm.optimizer.build(lm.trainable_variables)
     checkpoint = Checkpoint(args.out, args)
     checkpoint.set_model(lm)
