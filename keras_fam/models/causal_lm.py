@@ -4,11 +4,14 @@ import keras
 
 from keras_fam.completion import generate_from
 from keras_fam.models.backbone import TransformerFAMBackbone
+from keras_fam.models.lora import TaskLoRA
+from keras_fam.models.preset_folder import load_backbone, load_preprocessor, save_to_preset
 from keras_fam.models.streaming_call import StreamingModelMixin
+from keras_fam.models.text import TextTask
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMCausalLM(StreamingModelMixin, keras.Model):
+class TransformerFAMCausalLM(TaskLoRA, TextTask, StreamingModelMixin, keras.Model):
     """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
 
     `fit` takes token ids (or a dict of `"token_ids"` and `"padding_mask"`), the next tokens as targets, and loss
@@ -26,6 +29,12 @@ class TransformerFAMCausalLM(StreamingModelMixin, keras.Model):
         super().__init__(name=name, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
+
+    def __setattr__(self, name, value):
+        if name == "preprocessor":  # no part of what is computed: kept past Keras' tracking, so it can be replaced
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def build(self, input_shape=None):
         """Makes all weights; `input_shape` may be left out."""
@@ -53,6 +62,29 @@ class TransformerFAMCausalLM(StreamingModelMixin, keras.Model):
         return generate_from(self, inputs, max_length, stop_token_ids, strip_prompt)
 
     generate.__doc__ = generate_from.__doc__
+
+    save_to_preset = save_to_preset
+
+    @classmethod
+    def from_preset(cls, folder, *, preprocessor="auto", load_weights=True, **changes):
+        """The language model that `save_to_preset` put into a folder, under any backend.
+
+        Args:
+            folder: the folder.
+            preprocessor: `"auto"` is the folder's; or None, or an object.
+            load_weights: whether the weights are loaded, or drawn anew.
+            **changes: settings of the backbone in place of the saved ones, such as `dtype` or `blocks_per_step`.
+
+        Raises:
+            ValueError: if the folder is no preset of this package, or its weights do not fit the settings.
+            ImportError: if its preprocessor needs KerasHub, and that is missing.
+        """
+        backbone, folder, _ = load_backbone(folder, TransformerFAMBackbone, load_weights, **changes)
+        if isinstance(preprocessor, str) and preprocessor == "auto":
+            preprocessor = load_preprocessor(folder)
+        lm = cls(backbone, preprocessor=preprocessor)
+        lm.build()
+        return lm
 
     @property
     def output_width(self):

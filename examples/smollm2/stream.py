@@ -1,0 +1,74 @@
+"""Streams a whole novel through SmolLM2 with a memory: perplexity by position, and memory of the process."""
+
+import json
+import os
+import pathlib
+import time
+
+import keras
+import numpy as np
+from books import book_ids
+from evaluate import log_losses
+from model import load, with_memory
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+FIRST = 10_000  # tokens after which memory has to stay as it is
+
+
+def resident():
+    """Memory of this process in MB (Linux)."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6
+
+
+def summary(losses, memory, speed):
+    """What was read so far: perplexity in all and by ten thousand tokens, memory, and how far it moves."""
+    losses = np.concatenate(losses, axis=1)[0]
+    parts = np.split(losses, range(FIRST, len(losses), FIRST))
+    later = [mb for position, mb in memory.items() if position >= FIRST] or [*memory.values()]
+    return {
+        "tokens": len(losses),
+        "perplexity": float(np.exp(losses.mean())),
+        "perplexity by ten thousand tokens": [round(float(np.exp(part.mean())), 3) for part in parts],
+        "tokens per second": round(speed, 1),
+        "resident MB": memory,
+        "spread": (max(later) - min(later)) / min(later),
+    }
+
+
+def settings(args):
+    names = ("book", "fam", "block", "segments", "feedback", "initial", "sink", "seed")
+    versions = {"backend": keras.backend.backend(), "keras": keras.__version__}
+    return {**{name: getattr(args, name) for name in names}, "trained": args.trained is not None, **versions}
+
+
+def stream(args):
+    """Reads `args.book` from its first token to its last; writes `stream_<name>.json`."""
+    source = load()
+    ids = book_ids(source.preprocessor.tokenizer, args.out)[args.book]
+    step = 4 * args.block
+    length = min(args.tokens or len(ids), len(ids)) - 1
+    ids = ids[: length // step * step + 1]
+    lm = with_memory(source, args)
+    if args.trained is not None:
+        lm.load_lora_weights(args.trained / json.loads((args.trained / "training.json").read_text())["weights"])
+        lm.merge_lora()
+    del source
+    memory, began, total = {}, time.time(), len(ids) - 1
+    report = args.out / f"stream_{'FAM' if args.fam else 'BSWA'}{'_lora' if args.trained else ''}.json"
+    bar = keras.utils.Progbar(total, unit_name="token")
+
+    def watch(position, losses):
+        bar.update(position, [("MB", resident())])
+        if position % (4 * step) and position != total:
+            return
+        memory[position] = round(resident(), 1)
+        found = {**summary(losses, memory, position / (time.time() - began)), **settings(args), "of tokens": total}
+        report.write_text(json.dumps(found, indent=1) + "\n")
+
+    log_losses(lm, ids[None], step, watch=watch)
+    found = json.loads(report.read_text())
+    print(
+        f"\n{args.book}: {total} tokens, perplexity {found['perplexity']:.2f}, {found['tokens per second']} tokens/s, "
+        f"memory after {FIRST} tokens flat to {found['spread']:.2%} (of {max(memory.values()):.0f} MB)"
+    )
+    return found
