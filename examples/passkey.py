@@ -58,10 +58,9 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras  # noqa: E402  (the backend is chosen before)
 import numpy as np  # noqa: E402
-from keras import ops  # noqa: E402
+from passkey_parts import KNOCK_OUTS, ReadingOn, knock_out  # noqa: E402
 
 import keras_fam  # noqa: E402
-from keras_fam.carried import CarriedState  # noqa: E402
 from keras_fam.data import PassKey, accuracy  # noqa: E402
 from keras_fam.data.passkey import QUESTION  # noqa: E402
 
@@ -73,7 +72,6 @@ MODELS = {
     "normalized_only": ("FAM (normalized)", {"fam_feedback": "normalized"}),
     "noise_only": ("FAM (paper, noise)", {"fam_noise": ARGS.fam_noise}),
 }
-KNOCK_OUTS = ("zeroed", "frozen", "shuffled")
 
 
 class Texts(keras.utils.PyDataset):
@@ -131,19 +129,6 @@ class Texts(keras.utils.PyDataset):
         return block, np.roll(block, -1, axis=1), weights
 
 
-class ReadingOn(CarriedState):
-    """Trains a language model with carried state: rows go on where the last step left them.
-
-    The loss is that of the question, which is asked on the side: the text goes on as if it had not been.
-    """
-
-    def call(self, inputs, training=None):
-        _, state = self.read({"token_ids": inputs["chunk"], "reset": inputs["first"]}, training)
-        self.hold(keras.tree.map_structure(ops.stop_gradient, state))
-        logits, _ = self.wrapped.advance(inputs["question"], state, aligned=True, training=training)
-        return logits
-
-
 def train(name, task):
     """A language model trained with `fit` and Keras' progress bar."""
     keras.utils.set_random_seed(ARGS.seed)
@@ -170,24 +155,6 @@ def train(name, task):
     started = time.perf_counter()
     reader.fit(Texts(task), epochs=1, verbose=1, shuffle=False)
     return lm, time.perf_counter() - started
-
-
-def knock_out(model, state, how, rng):
-    """The state with a useless memory: `zeroed`, `frozen` at F_0, or `shuffled` between rows."""
-    fresh = model.get_initial_state(ARGS.test_rows)
-    order = rng.permutation(ARGS.test_rows)
-
-    def spoil(memory, first):
-        if how == "shuffled":
-            return ops.take(memory, order, axis=0)
-        return {"zeroed": ops.zeros_like(memory), "frozen": first}[how]
-
-    fields = ("fam", "fam_key", "fam_value")
-    layers = [
-        layer._replace(**{name: spoil(getattr(layer, name), getattr(start, name)) for name in fields})
-        for layer, start in zip(state.layers, fresh.layers, strict=True)
-    ]
-    return state._replace(layers=tuple(layers))
 
 
 def test(model, task, blocks, how=None):

@@ -150,11 +150,14 @@ def test_loss_weights_cover_exactly_the_answer(task):
 @pytest.mark.parametrize("split_name", ["train", "held_out"])
 def test_key_is_stated_exactly_twice_and_no_other_digit_occurs(any_task, split_name):
     batch = any_task.batch(16, total_tokens=20_000, seed=5, split=split_name)
-    for row, key, first in zip(batch["token_ids"], batch["keys"], batch["key_positions"], strict=True):
+    fields = ("token_ids", "keys", "key_positions", "statement_ends")
+    after = any_task.tokenizer.encode(" is the pass key.")
+    for row, key, first, end in zip(*(batch[name] for name in fields), strict=True):
         places = np.flatnonzero(np.isin(row, any_task.tokenizer.digit_ids)).tolist()
         assert row[places].tolist() == [*key, *key, *key]
         assert places[:4] == list(range(first, first + 4))
         assert places[-4:] == list(range(19_996, 20_000))
+        assert places[7] + 1 == end - len(after) and row[end - len(after) : end].tolist() == after.tolist()
     spread = np.ptp(batch["key_positions"])
     assert spread == 0 if any_task.key_position == "start" else spread > 8000
 
@@ -222,7 +225,7 @@ def test_stream_is_the_batch(any_task, chunk_tokens):
     for name in FIELDS:
         np.testing.assert_array_equal(np.concatenate([chunk[name] for chunk in chunks], 1), whole[name])
         assert all(chunk[name].dtype == whole[name].dtype for chunk in chunks)
-    for name in ("keys", "answer_positions", "key_positions"):
+    for name in ("keys", "answer_positions", "key_positions", "statement_ends"):
         assert all(np.array_equal(chunk[name], whole[name]) for chunk in chunks)
 
 

@@ -160,7 +160,8 @@ class PassKey:
             `loss_weights` [B, T] float32, 1 where the target is a digit of the answer, `filler_weight` elsewhere, 0 at
             the last position; `answer_positions` [B, digits] int32, the positions whose *outputs* predict the answer's
             digits (`targets` at them are `keys`; each is one before the digit's own position); `keys` [B, digits]
-            int32 token ids; `key_positions` [B] int32, where the key is stated first; `start` 0.
+            int32 token ids; `key_positions` [B] int32, where the key is stated first; `statement_ends` [B] int32, the
+            position after its statement; `start` 0.
         """
         plan = self._plan(batch_size, filler_tokens, total_tokens, seed, split)
         return self._write(plan, 0, plan.total)
@@ -170,8 +171,8 @@ class PassKey:
 
         Memory is constant in T, so T may be a million and more. Yields dicts as `batch` does with `token_ids`,
         `targets` and `loss_weights` of [B, C], positions `start` to `start + C` of the sequences; C is `chunk_tokens`,
-        and less in the last chunk if T is not a multiple. `keys`, `answer_positions` and `key_positions` are in every
-        chunk and count from the start of the sequence: answers lie at the very end.
+        and less in the last chunk if T is not a multiple. `keys`, `answer_positions`, `key_positions` and
+        `statement_ends` are in every chunk and count from the start of the sequence: answers lie at the very end.
         """
         if chunk_tokens < 1:
             raise ValueError(f"`chunk_tokens` must be at least 1. Received: {chunk_tokens}")
@@ -238,6 +239,7 @@ class PassKey:
         ids = self._tokens(plan, start, stop + 1)
         first = plan.total - self.digits - 1  # its output predicts the answer's first digit
         at = np.arange(start, stop)
+        statement = len(self._introduction) + plan.lead[:, 0]
         weights = np.where(at < first, self.filler_weight, 1.0) * (at < plan.total - 1)
         return {
             "token_ids": ids[:, :-1].copy(),
@@ -245,6 +247,7 @@ class PassKey:
             "loss_weights": np.repeat(weights[None].astype("float32"), len(plan.keys), axis=0),
             "answer_positions": np.repeat(np.arange(first, first + self.digits, dtype="int32")[None], len(ids), axis=0),
             "keys": plan.keys,
-            "key_positions": (len(self._introduction) + plan.lead[:, 0] + self._slots[0, 0]).astype("int32"),
+            "key_positions": (statement + self._slots[0, 0]).astype("int32"),
+            "statement_ends": (statement + len(self._statement)).astype("int32"),
             "start": start,
         }
