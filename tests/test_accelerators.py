@@ -111,7 +111,14 @@ def test_gpu_report_at_small_sizes(task):
     gpu = benchmark("gpu")
     for system in gpu.SYSTEMS:
         args = argparse.Namespace(
-            small=True, system=system, task=task, length=64, rows=1, blocks_per_step=2, fam_feedback="residual"
+            small=True,
+            system=system,
+            task=task,
+            length=64,
+            rows=1,
+            blocks_per_step=2,
+            train_blocks=2,
+            fam_feedback="residual",
         )
         args.repeats = 1
         result = gpu.measure(args)

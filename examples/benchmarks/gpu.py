@@ -71,7 +71,7 @@ def make_model(args, training):
 
         settings["fam_length"] = settings["fam_length"] if args.system == "fam" else 0
         model = keras_fam.TransformerFAMBackbone(
-            **settings, remat=training, blocks_per_step=args.blocks_per_step if training else None, dtype=dtype
+            **settings, remat=training, blocks_per_step=args.train_blocks if training else None, dtype=dtype
         )
     model.build()
     return model
@@ -179,10 +179,9 @@ def train(args):
 
             if training:
                 piece = remat(piece, model.trainable_variables)
-            xs = {"hidden": ops.reshape(hidden, (count, -1, hidden.shape[-1])), "targets": targets}
+            xs = {"hidden": ops.reshape(hidden, (count, -1, hidden.shape[-1]))}
             xs["targets"] = ops.reshape(targets, (count, -1))
-            zero = ops.sum(xs["hidden"][0, 0]) * 0
-            zero = ops.cast(zero, "float32")
+            zero = ops.zeros((), "float32")
             total, _ = scan(piece, zero, xs, (zero,))
             return ops.expand_dims(total / args.length, 0)
 
@@ -319,7 +318,8 @@ def main(argv):
     parser.add_argument("--small", action="store_true", help="small model and inputs, for a CPU")
     parser.add_argument("--lengths", help="tokens, for all tasks, in place of the default ones")
     parser.add_argument("--rows", type=int, default=1, help="rows that decode together")
-    parser.add_argument("--blocks-per-step", type=int, default=8)
+    parser.add_argument("--blocks-per-step", type=int, default=8, help="blocks that a prefill reads at a time")
+    parser.add_argument("--train-blocks", type=int, default=2, help="blocks between checkpoints of a train step")
     parser.add_argument("--fam-feedback", choices=("residual", "normalized"), default="residual")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="where to write a JSON file")

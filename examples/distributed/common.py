@@ -16,7 +16,7 @@ SETTINGS = {
 }
 ROWS, TOKENS = 8, 32
 DECIMALS = 5
-TRAINED = 1e-3
+TRAINED = 1e-4
 
 
 def make_lm(random_state_passing):

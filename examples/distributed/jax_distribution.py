@@ -79,7 +79,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulate", type=int, default=8, help="how many CPU devices to simulate; 0 for none")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
     args = parser.parse_args()
+    SETTINGS["num_layers"] = args.layers
     os.environ["KERAS_BACKEND"] = "jax"
     if args.simulate:
         flag = f"--xla_force_host_platform_device_count={args.simulate}"

@@ -10,7 +10,7 @@ import argparse
 import os
 
 import numpy as np
-from common import ROWS, batches, make_lm, make_optimizer, report
+from common import ROWS, SETTINGS, batches, make_lm, make_optimizer, report
 
 
 def train(strategy, steps):
@@ -36,7 +36,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
     args = parser.parse_args()
+    SETTINGS["num_layers"] = args.layers
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import tensorflow as tf
 

@@ -67,9 +67,10 @@ def detached(state):
     return keras.tree.map_structure(lambda x: x.detach(), state)
 
 
-def work(rank, processes, steps, folder):
+def work(rank, processes, args, folder):
     """One process: joins the others and trains twice; rank 0 writes what came out."""
     os.environ["KERAS_BACKEND"] = "torch"
+    SETTINGS["num_layers"] = args.layers
     import torch
     from torch import distributed
 
@@ -83,7 +84,7 @@ def work(rank, processes, steps, folder):
         )
     found = {}
     for name, carried in (("training, RSP 1", False), ("training, carried state", True)):
-        found[name], found[f"after: weights, {name}"] = train(rank, processes, steps, carried)
+        found[name], found[f"after: weights, {name}"] = train(rank, processes, args.steps, carried)
     if rank == 0:
         np.savez(f"{folder}/{processes}.npz", **found)
     if processes > 1:
@@ -94,6 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
     args = parser.parse_args()
     if args.processes < 2 or ROWS % args.processes:
         parser.error(f"--processes is a divisor of {ROWS} rows, at least 2")
@@ -103,7 +105,7 @@ def main():
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, processes in (("one process", 1), (f"{args.processes} processes", args.processes)):
-            torch.multiprocessing.spawn(work, (processes, args.steps, folder), nprocs=processes)
+            torch.multiprocessing.spawn(work, (processes, args, folder), nprocs=processes)
             runs[name] = dict(np.load(f"{folder}/{processes}.npz"))
     print(f"{ROWS} rows, vocabulary {SETTINGS['vocabulary_size']}")
     report(runs)
