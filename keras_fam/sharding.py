@@ -17,6 +17,11 @@ def fitted(layout, shape):
     return keras.distribution.TensorLayout(tuple(axes), mesh)
 
 
+def weights_are_divided():
+    """Whether weights may lie in parts on several devices: joining such parts would move them about."""
+    return isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel)
+
+
 def state_layout(field, shape):
     """`TensorLayout` of a tensor of a state, for the current distribution; None without one.
 

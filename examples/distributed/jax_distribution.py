@@ -15,35 +15,28 @@ import numpy as np
 from common import ROWS, SETTINGS, TOKENS, batches, make_lm, make_optimizer, report
 
 
-def train(steps):
+def train(lm, steps):
     """Losses of steps with Random State Passing, and the memory that is passed on."""
-    lm = make_lm(random_state_passing=0.8)
     lm.compile(make_optimizer())
     losses = [float(lm.train_on_batch(b[:, :-1], b[:, 1:], return_dict=True)["loss"]) for b in batches(steps)]
     return losses, np.asarray(lm.backbone.random_state_passing.memory)
 
 
-def train_on_carried_state(steps):
+def train_on_carried_state(stream, steps):
     """Losses of steps that each go on from the state of the one before, and the state at the end."""
     import keras
 
-    import keras_fam
-
-    stream = keras_fam.StreamingModel(make_lm(random_state_passing=0.0), ROWS)
     stream.compile(make_optimizer())
     losses = [float(stream.train_on_batch(b[:, :-1], b[:, 1:], return_dict=True)["loss"]) for b in batches(steps)]
-    return losses, keras.tree.flatten(stream.state.layers), stream.state.layers[0].key.sharding
+    return losses, np.concatenate([np.asarray(x).ravel() for x in keras.tree.flatten(stream.state.layers)])
 
 
-def stream_ragged():
+def predict_ragged(stream):
     """Logits of a stream whose rows read chunks of different lengths."""
-    import keras_fam
-
-    stream = keras_fam.StreamingModel(make_lm(random_state_passing=0.0), ROWS)
     rng = np.random.default_rng(1)
-    chunks = [rng.integers(0, SETTINGS["vocabulary_size"], (ROWS, 11)) for _ in range(3)]
-    lengths = [rng.integers(0, 12, ROWS) for _ in chunks]
-    return [stream.predict(chunk, count) for chunk, count in zip(chunks, lengths, strict=True)]
+    chunks = [rng.integers(0, SETTINGS["vocabulary_size"], (ROWS, SETTINGS["block_size"])) for _ in range(4)]
+    lengths = [rng.integers(0, SETTINGS["block_size"] + 1, ROWS) for _ in chunks]
+    return np.stack([stream.predict(chunk, count) for chunk, count in zip(chunks, lengths, strict=True)])
 
 
 def predict_stateful():
@@ -57,22 +50,27 @@ def predict_stateful():
     y = keras_fam.TransformerFAMBlock(4, 4, 32, block_size=8, memory_segments=1, fam_length=4, stateful=True)(x)
     model = keras.Model(x, y)
     chunks = np.random.default_rng(2).normal(size=(3, ROWS, TOKENS, 16)).astype("float32")
-    return [model.predict(chunk, batch_size=ROWS, verbose=0) for chunk in chunks]
+    return np.stack([model.predict(chunk, batch_size=ROWS, verbose=0) for chunk in chunks])
 
 
 def run(distribution, steps):
+    """Everything once under `distribution`, or on one device if it is None."""
     import contextlib
 
+    import keras_fam
+
     with contextlib.nullcontext() if distribution is None else distribution.scope():
-        losses, memory = train(steps)
-        carried, state, sharding = train_on_carried_state(steps)
+        lm = make_lm(random_state_passing=0.8)
+        losses, memory = train(lm, steps)
+        stream = keras_fam.StreamingModel(lm, ROWS)
+        carried, state = train_on_carried_state(stream, steps)
         if distribution is not None:
+            sharding = stream.state.layers[0].key.sharding
             mesh, axes = dict(sharding.mesh.shape), tuple(sharding.spec)
             print(f"{type(distribution).__name__}: keys of a stream lie as {axes} on {mesh}")
         found = {"training, RSP 0.8": losses, "training, carried state": carried, "after: passed memory": memory}
-        found["after: carried state"] = np.concatenate([np.asarray(x).ravel() for x in state])
-        found |= {"stream, ragged rows": np.stack(stream_ragged()), "stateful layer": np.stack(predict_stateful())}
-        return found
+        found |= {"after: carried state": state, "after: logits, ragged rows": predict_ragged(stream)}
+        return found | {"outputs of a stateful layer": predict_stateful()}
 
 
 def main():
