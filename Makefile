@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_TPU ?= .venv-tpu
 BACKEND ?= jax
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 RUN = TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 
-.PHONY: demo test lint benchmark smollm2 smollm2-lora clean
+.PHONY: demo test lint benchmark distributed tpu gpu smollm2 smollm2-lora clean
 
 # Trains FAM and BSWA on PassKey and streams long texts. BACKEND=torch or tensorflow for another backend.
 demo: $(VENV)/.$(BACKEND)
@@ -42,6 +43,26 @@ smollm2-lora: $(VENV)/.smollm2
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 train --run-name bswa --fam 0 $(ARGS)
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 train --run-name fam $(ARGS)
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 evaluate
+# Losses and streams over several (simulated) devices against one, on the three backends.
+distributed: $(VENV)/.all
+	$(RUN) examples/distributed/jax_distribution.py
+	$(RUN) examples/distributed/torch_ddp.py
+	$(RUN) examples/distributed/tf_mirrored.py
+
+# Compiles the paper's models for TPUs that are not here; nothing is executed. libtpu lives in an environment of its
+# own: where it is installed, JAX looks for a TPU at every start.
+tpu: $(VENV_TPU)/.tpu
+	KERAS_BACKEND=jax JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest -q -m tpu tests/test_accelerators.py
+	$(VENV_TPU)/bin/python examples/benchmarks/tpu_compile.py $(ARGS)
+
+# On a machine with a GPU: pip installs JAX or torch for it first (`pip install 'jax[cuda13]'`, `pip install torch`).
+gpu: $(VENV)/.$(BACKEND)
+	$(RUN) examples/benchmarks/gpu.py --backends $(BACKEND) $(ARGS)
+
+$(VENV_TPU)/.tpu: pyproject.toml
+	$(PYTHON) -m venv $(VENV_TPU)
+	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[tpu]' pytest
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,4 +82,4 @@ $(VENV)/.smollm2: $(VENV)/.$(BACKEND)
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TPU) out .pytest_cache .ruff_cache .hypothesis

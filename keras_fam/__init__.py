@@ -8,6 +8,7 @@ from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.models.backbone import TransformerFAMBackbone
 from keras_fam.models.causal_lm import TransformerFAMCausalLM
+from keras_fam.models.layout import layout_map
 from keras_fam.models.presets import preset
 from keras_fam.state import Cursor, LayerState, StreamState
 from keras_fam.streaming import StreamingModel
@@ -26,5 +27,6 @@ __all__ = [
     "check_streaming",
     "export_serving",
     "hub",
+    "layout_map",
     "preset",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_fam.layers.streaming_layer import check_padding_mask
+from keras_fam.sharding import state_variables
 from keras_fam.state import map_specs, where_rows
 
 INPUTS = ("token_ids", "lengths", "padding_mask", "reset")
@@ -50,14 +51,9 @@ class CarriedState(keras.Model):
         super().__init__(name=f"{model.name}_with_state")
         self.wrapped, self.rows, self.block_size, self.aligned = model, batch_size, block_size, aligned
         self._spec = lambda: model.state_spec(batch_size)  # hidden from the tracking of tuples
-        self.held = []
-        map_specs(self._make_variable, self._spec())
+        self.held = state_variables(self._spec())
         self.built = True
         self.hold(model.get_initial_state(batch_size))
-
-    def _make_variable(self, spec):
-        variable = keras.Variable("zeros", spec.shape, spec.dtype, trainable=False, autocast=False, name="state")
-        self.held.append(variable)
 
     def call(self, inputs, training=None):
         outputs, state = self.read(inputs, training)

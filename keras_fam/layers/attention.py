@@ -14,6 +14,7 @@ from keras_fam.layers.settings import check_attention_settings
 from keras_fam.layers.streaming_layer import StreamingLayer
 from keras_fam.ops.attention import attend
 from keras_fam.ops.positions import BlockPositions, rotate
+from keras_fam.sharding import shard_state
 from keras_fam.state import LayerState, Spec, StreamState, advance_cursor, cursor_spec, initial_cursor
 
 
@@ -206,7 +207,7 @@ class FeedbackAttention(StreamingLayer):
         rows = None if self.initial_fam == "summary" else self.initial_fam_rows
         cursor = initial_cursor(batch_size, 0 if rows is None else 1)
         fam = None if rows is None else ops.expand_dims(ops.convert_to_tensor(rows), 0)
-        return StreamState(cursor, (self.initial_layer_state(batch_size, fam, norm=norm),))
+        return shard_state(StreamState(cursor, (self.initial_layer_state(batch_size, fam, norm=norm),)))
 
     def initial_layer_state(self, batch_size, fam, *, norm=no_norm, start=None, static=None):
         """A layer state with empty keys and the memory `fam`.
@@ -295,7 +296,7 @@ class FeedbackAttention(StreamingLayer):
         )
         taken = ops.shape(x)[1] if lengths is None else lengths
         cursor, _ = advance_cursor(state.cursor, taken, self.block_size, self.max_memories)
-        return y, StreamState(cursor, (layer,))
+        return y, shard_state(StreamState(cursor, (layer,)))
 
     @property
     def max_memories(self):

@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_fam.layers.apply import cast, frozen_kernel, has_lora, is_plain, lora_update, run
 from keras_fam.ops.positions import rotate_whole
+from keras_fam.sharding import weights_are_divided
 
 
 class MemoryRows:
@@ -19,7 +20,7 @@ class MemoryRows:
     def __init__(self, layer, with_query):
         self.layer, self.with_query = layer, with_query
         parts = [layer.query] * with_query + [layer.key, layer.value]
-        self.joined = all(map(is_plain, parts)) and not layer.positions.zero
+        self.joined = all(map(is_plain, parts)) and not layer.positions.zero and not weights_are_divided()
         if not self.joined:
             return
         self.heads = (layer.num_query_heads if with_query else 0, layer.num_key_value_heads)

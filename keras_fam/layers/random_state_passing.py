@@ -9,7 +9,8 @@ class RandomStatePassing(keras.layers.Layer):
     """Keeps row 0's final memory of every layer, and hands it to a random part of the next step's rows.
 
     The memory is held in non-trainable weights, so it is saved with the model. It is detached: no gradient crosses
-    training steps.
+    training steps. Over several devices, the first replica's memory is the one that is kept; under torch's DDP the
+    training loop sends it to the other processes (`examples/distributed/torch_ddp.py`).
 
     Args:
         rate: p, the probability that a row starts from the kept memory instead of the learned one (0.8 in the paper).
@@ -32,9 +33,17 @@ class RandomStatePassing(keras.layers.Layer):
             initializer="zeros",
             trainable=False,
             autocast=False,
+            aggregation="only_first_replica",
             name="memory",
         )
-        self.filled = self.add_weight(shape=(), dtype="bool", initializer="zeros", trainable=False, name="filled")
+        self.filled = self.add_weight(
+            shape=(),
+            dtype="bool",
+            initializer="zeros",
+            trainable=False,
+            aggregation="only_first_replica",
+            name="filled",
+        )
 
     def choose(self, batch_size):
         """bool `[B]`: the rows that start from the kept memory; none before the first `keep`."""

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_fam.ops import rows as row_ops
+from keras_fam.sharding import state_variables
 from keras_fam.state import check_finite, check_structure, map_specs, where_rows
 
 
@@ -173,13 +174,8 @@ class StreamingLayer(keras.layers.Layer):
                 "None. Give the input a batch shape, for example keras.Input(batch_shape=(4, None, 256))."
             )
 
-        def variable(spec):
-            return self.add_weight(
-                shape=spec.shape, dtype=spec.dtype, initializer="zeros", trainable=False, autocast=False, name="state"
-            )
-
         self._state_spec = self.state_spec(batch_size)
-        self._state_variables = [variable(spec) for spec in flat_specs(self._state_spec)]
+        self._state_variables = state_variables(self._state_spec, self.add_weight)
         self._needs_reset = self.add_weight(
             shape=(batch_size,), dtype="bool", initializer="ones", trainable=False, name="needs_reset"
         )
@@ -237,13 +233,6 @@ class StreamingLayer(keras.layers.Layer):
                 f"{self.name} was built for width {width}; received shape {tuple(x.shape)}. Project the input to "
                 f"{width} features, or build another layer."
             )
-
-
-def flat_specs(spec):
-    """All `Spec`s of a structure, in `keras.tree` order."""
-    found = []
-    map_specs(found.append, spec)
-    return found
 
 
 def check_padding_mask(padding_mask, x):

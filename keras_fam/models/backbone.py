@@ -12,11 +12,13 @@ from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.settings import require_positive, require_whole
 from keras_fam.models.lora import LoRA
 from keras_fam.models.preset_folder import load_backbone, save_to_preset
+from keras_fam.models.layout import layout_map
 from keras_fam.models.starting_state import starting_state
 from keras_fam.models.streaming_call import StreamingModelMixin
 from keras_fam.ops.backend import remat
 from keras_fam.ops.dropout import fold
 from keras_fam.ops.scan import scan
+from keras_fam.sharding import shard_output, shard_state
 from keras_fam.state import StreamState, advance_cursor, cursor_spec
 
 # Settings of a block that the backbone decides itself.
@@ -322,12 +324,23 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
                 seed=fold(seed, 4096 * i),
                 keep_state=keep_state,
             )
+            x = shard_output(x, block)
             layers.append(layer)
         if not keep_state:
             return x, None
         taken = ops.shape(x)[1] if lengths is None else lengths
         cursor, _ = advance_cursor(state.cursor, taken, self.block_size, self.blocks[0].attention.max_memories)
-        return x, StreamState(cursor, tuple(layers))
+        return x, shard_state(StreamState(cursor, tuple(layers)))
+
+    @staticmethod
+    def get_layout_map(device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch", settings=None):
+        """The layout map for `keras.distribution.ModelParallel`, under KerasHub's name: `keras_fam.layout_map`."""
+        return layout_map(
+            device_mesh,
+            settings,
+            model_parallel_dim_name=model_parallel_dim_name,
+            data_parallel_dim_name=data_parallel_dim_name,
+        )
 
     def get_config(self):
         config = super().get_config()

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_fam.sharding import shard_state
 from keras_fam.state import StreamState, broadcast_cursor, initial_cursor
 
 
@@ -40,4 +41,5 @@ def starting_state(backbone, batch_size, *, shared_cursor=False, position_offset
             learned = ops.zeros((1, 1, 1), memory.dtype) if fam is None else fam
             fam = ops.where(rows[:, None, None], ops.cast(memory[i : i + 1], learned.dtype), learned)
         layers.append(block.initial_layer_state(batch_size, fam, start=start, static=static))
-    return StreamState(cursor if shared_cursor else broadcast_cursor(cursor, batch_size), tuple(layers))
+    cursor = cursor if shared_cursor else broadcast_cursor(cursor, batch_size)
+    return shard_state(StreamState(cursor, tuple(layers)))

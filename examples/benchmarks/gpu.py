@@ -1,0 +1,354 @@
+"""TransformerFAM on one GPU: prefill, train step and decode, against BSWA and against full attention.
+
+    python examples/benchmarks/gpu.py --out gpu.json              # JAX and torch, whatever is installed; about an hour
+    python examples/benchmarks/gpu.py --small                     # everything at small sizes, on a CPU, in a minute
+
+The model has the shape of the paper's 1B (18 layers, width 1536, 12 heads, S 1024, m 3, F 64) and random weights, in
+bfloat16. Systems: `fam`; `bswa` (the same without memory); `full`, the same width and depth with full attention
+through the backend's fused kernel. Each measurement runs in a process of its own, so that its peak memory is its own;
+one that runs out of memory is reported as such, and so is any other failure.
+
+prefill: T tokens of one row, in bfloat16 weights; the last hidden state is fetched. FAM and BSWA read a chunk at a
+    time and keep nothing else, full attention reads all at once (its caches for T tokens are not even kept).
+train: one step with Adafactor (mixed bfloat16, remat; cross-entropy over the whole vocabulary a piece at a time).
+decode: one token after a context, `--rows` rows; full attention has a cache of that size.
+
+`share` is the work that the arithmetic of the model needs (matrix products forward; three times that for training,
+without what remat computes again) over the time it took, over the throughput of one large bfloat16 matrix product
+measured in the same process. Times are medians after a first call that compiles.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+K = 1024
+SIZES = {
+    "prefill": [8 * K, 32 * K, 128 * K, 256 * K, 1024 * K],
+    "train": [32 * K, 128 * K],
+    "decode": [32 * K, 128 * K],
+}
+SMALL = {"prefill": [64, 256], "train": [64], "decode": [64]}
+SMALL_MODEL = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 32, "num_query_heads": 2, "intermediate_dim": 64}
+SMALL_MODEL |= {"block_size": 16, "memory_segments": 1, "fam_length": 4}
+SYSTEMS = ("fam", "bswa", "full")
+LOSS_PIECE = 2048  # tokens whose logits exist at the same time in a train step
+
+
+def settings_of(args):
+    """Keywords of the backbone: the paper's 1B, or a small one."""
+    import keras_fam
+
+    settings = keras_fam.preset("paper_1b", random_state_passing=0.0, fam_feedback=args.fam_feedback)
+    return settings | (SMALL_MODEL if args.small else {})
+
+
+def make_model(args, training):
+    """A backbone without values from training; a compiled `keras.Model` of mean losses if `training`."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    settings = settings_of(args)
+    dtype = "mixed_bfloat16" if training else "bfloat16"
+    if args.system == "full":
+        from full_attention import FullAttention
+
+        names = ("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "intermediate_dim")
+        model = FullAttention(**{name: settings[name] for name in names}, remat=training, dtype=dtype)
+    else:
+        import keras_fam
+
+        settings["fam_length"] = settings["fam_length"] if args.system == "fam" else 0
+        model = keras_fam.TransformerFAMBackbone(
+            **settings, remat=training, blocks_per_step=args.train_blocks if training else None, dtype=dtype
+        )
+    model.build()
+    return model
+
+
+def work_per_token(args, length, decode=False):
+    """Multiply-adds times two, per token of a forward pass: products with weights and attention; no embedding."""
+    s = settings_of(args)
+    D, L, M = s["hidden_dim"], s["num_layers"], s["intermediate_dim"]
+    layer = 2 * (4 * D * D + 2 * D * M)
+    if args.system == "full":
+        keys = length if decode else length / 2
+        return L * (layer + 4 * D * keys)
+    S, F = s["block_size"], s["fam_length"] if args.system == "fam" else 0
+    keys = F + S * s["memory_segments"] + S / 2
+    memory = F / S * (layer + 4 * D * (F + S))
+    return L * (layer + 4 * D * keys + memory)
+
+
+def seconds(function):
+    start = perf_counter()
+    function()
+    return perf_counter() - start
+
+
+def matrix_throughput(small):
+    """Operations a second of a bfloat16 matrix product of the size that the card likes."""
+    import keras
+    from keras import ops
+
+    from keras_fam.ops.backend import compiled
+
+    size, products = (256, 2) if small else (8192, 20)
+    a = ops.cast(keras.random.normal((size, size), seed=0), "bfloat16") * size**-0.5
+
+    def chain(a):
+        x = a
+        for _ in range(products):
+            x = ops.matmul(x, a)
+        return x[0, :1]
+
+    run = compiled(chain, list)
+    times = [seconds(lambda: ops.convert_to_numpy(ops.cast(run(a), "float32"))) for _ in range(8)]
+    return 2 * size**3 * products / median(times[3:])
+
+
+def prefill(args):
+    """A function that reads `args.length` tokens and waits for the last hidden state."""
+    from keras import ops
+
+    from keras_fam.ops.backend import compiled
+
+    model, length = make_model(args, training=False), args.length
+    ids = np.random.default_rng(0).integers(0, settings_of(args)["vocabulary_size"], (1, length)).astype("int32")
+
+    def last(hidden):
+        return ops.cast(hidden[:, -1], "float32")
+
+    if args.system == "full":
+        run = compiled(lambda ids: last(model(ids)), lambda: model.variables)
+        return lambda: ops.convert_to_numpy(run(ops.convert_to_tensor(ids)))
+    size = min(length, args.blocks_per_step * model.block_size)
+
+    def step(ids, state):
+        hidden, state = model.advance(ids, state, aligned=True)
+        return last(hidden), state
+
+    run = compiled(step, lambda: model.variables)
+
+    def read():
+        state = model.get_initial_state(1)
+        for first in range(0, length, size):
+            hidden, state = run(ops.convert_to_tensor(ids[:, first : first + size]), state)
+        return ops.convert_to_numpy(hidden)
+
+    return read
+
+
+def train(args):
+    """A function that takes one train step and waits for the loss."""
+    import keras
+    from keras import ops
+
+    from keras_fam.ops.backend import remat
+    from keras_fam.ops.scan import scan
+
+    model, vocabulary = make_model(args, training=True), settings_of(args)["vocabulary_size"]
+
+    class WithLoss(keras.Model):
+        """`(ids, targets)` to the mean cross-entropy, whose logits exist for `LOSS_PIECE` tokens at a time."""
+
+        def __init__(self):
+            super().__init__(dtype=model.dtype_policy)
+            self.backbone, self.built = model, True
+
+        def call(self, inputs, training=None):
+            ids, targets = inputs
+            hidden = self.backbone(ids, training=training)
+            count = max(1, args.length // LOSS_PIECE)
+
+            def piece(total, x):
+                logits = ops.cast(model.token_embedding(x["hidden"], reverse=True), "float32")
+                loss = keras.losses.sparse_categorical_crossentropy(x["targets"], logits, from_logits=True)
+                return total + ops.sum(loss), (total,)
+
+            if training:
+                piece = remat(piece, model.trainable_variables)
+            xs = {"hidden": ops.reshape(hidden, (count, -1, hidden.shape[-1]))}
+            xs["targets"] = ops.reshape(targets, (count, -1))
+            zero = ops.zeros((), "float32")
+            total, _ = scan(piece, zero, xs, (zero,))
+            return ops.expand_dims(total / args.length, 0)
+
+    whole = WithLoss()
+    whole.compile("adafactor", loss=lambda y_true, y_pred: ops.mean(y_pred))
+    ids = np.random.default_rng(0).integers(0, vocabulary, (1, args.length + 1)).astype("int32")
+    inputs = (ids[:, :-1], ids[:, 1:])
+    return lambda: float(whole.train_on_batch(inputs, np.zeros((1,), "float32"), return_dict=True)["loss"])
+
+
+def decode(args):
+    """A function that reads one token for each row and waits for its logits."""
+    import keras
+    from keras import ops
+
+    from keras_fam.ops.backend import compiled
+
+    model, rows = make_model(args, training=False), args.rows
+    ids = np.random.default_rng(0).integers(0, settings_of(args)["vocabulary_size"], (rows, 1)).astype("int32")
+    ids = ops.convert_to_tensor(ids)
+
+    def logits(hidden):
+        return ops.cast(model.token_embedding(hidden[:, -1], reverse=True), "float32")
+
+    if args.system == "full":
+
+        def step(ids, state):
+            caches, position = state
+            hidden, caches = model.step(ids, caches, position)
+            return logits(hidden), (caches, position + 1)
+
+        state = (model.get_cache(rows, args.length + 64), ops.convert_to_tensor(np.int32(args.length)))
+    else:  # what a stream holds has one size, so any context stands for all; this one has full segments
+
+        def step(ids, state):
+            hidden, state = model.advance(ids, state)
+            return logits(hidden), state
+
+        state = model.get_initial_state(rows)
+        full = ops.full((rows,), model.block_settings["memory_segments"], "int32")
+        state = state._replace(cursor=state.cursor._replace(block_index=full))
+    run = compiled(step, lambda: model.variables)
+    held = keras.tree.map_structure(lambda x: x, state)
+
+    def read():
+        nonlocal held
+        found, held = run(ids, held)
+        return ops.convert_to_numpy(found)
+
+    return read
+
+
+TASKS = {"prefill": prefill, "train": train, "decode": decode}
+
+
+def peak_bytes():
+    """Largest memory of the device so far; None where the backend does not tell (CPUs)."""
+    if os.environ["KERAS_BACKEND"] == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def device_name():
+    if os.environ["KERAS_BACKEND"] == "torch":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    import jax
+
+    return jax.local_devices()[0].device_kind
+
+
+def measure(args):
+    """One measurement, in a process of its own."""
+    throughput = matrix_throughput(args.small)
+    run = TASKS[args.task](args)
+    compiling = seconds(run)
+    repeats = args.repeats if compiling < 60 else 1
+    times = [seconds(run) for _ in range(repeats * (16 if args.task == "decode" else 1))]
+    taken = median(times)
+    tokens = args.rows if args.task == "decode" else args.length
+    work = tokens * work_per_token(args, args.length, args.task == "decode") * (3 if args.task == "train" else 1)
+    backend = os.environ["KERAS_BACKEND"]
+    return {
+        "device": device_name(),
+        "seconds": taken,
+        "all_seconds": times,
+        "first_call_seconds": compiling,
+        "tokens_per_second": tokens / taken,
+        "peak_bytes": peak_bytes(),
+        "matrix_product_per_second": throughput,
+        "share": work / taken / throughput,
+        "versions": {name: metadata.version(name) for name in ("keras", backend)},
+    }
+
+
+def run_child(argv, backend, system, task, length):
+    """`measure` in a new process; a dict with `"error"` if it fails."""
+    root = Path(__file__).resolve().parents[2]
+    env = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    env |= {"KERAS_BACKEND": backend}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, __file__, *argv, "--child", str(out), "--system", system, "--task", task]
+        done = subprocess.run(
+            [*command, "--length", str(length)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if out.exists():
+            return json.loads(out.read_text())
+    lines = [line for line in done.stdout.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+    memory = [line for line in lines if "out of memory" in line.lower() or "RESOURCE_EXHAUSTED" in line]
+    return {"error": ("out of memory: " + memory[0] if memory else lines[-1])[:300]}
+
+
+def row(result):
+    name = f"{result['backend']:6}{result['task']:9}{result['system']:6}{result['length']:>9}"
+    if "error" in result:
+        return f"{name}  {result['error']}"
+    peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.1f}"
+    speed = f"{result['seconds'] * 1e3:11.1f} ms{result['tokens_per_second']:12.0f} /s"
+    return f"{name}{speed}{100 * result['share']:8.1f} %{peak:>8}"
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", default="jax,torch", help="those that are installed are used")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--tasks", default="prefill,train,decode")
+    parser.add_argument("--small", action="store_true", help="small model and inputs, for a CPU")
+    parser.add_argument("--lengths", help="tokens, for all tasks, in place of the default ones")
+    parser.add_argument("--rows", type=int, default=1, help="rows that decode together")
+    parser.add_argument("--blocks-per-step", type=int, default=8, help="blocks that a prefill reads at a time")
+    parser.add_argument("--train-blocks", type=int, default=2, help="blocks between checkpoints of a train step")
+    parser.add_argument("--fam-feedback", choices=("residual", "normalized"), default="residual")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="where to write a JSON file")
+    for name in ("child", "system", "task", "length"):
+        parser.add_argument(f"--{name}", type=int if name == "length" else str, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        Path(args.child).write_text(json.dumps(measure(args)))
+        return
+    results = []
+    print(f"{'':6}{'':9}{'':6}{'tokens':>9}{'time':>14}{'tokens':>15}{'share':>10}{'GiB':>8}", flush=True)
+    for backend in args.backends.split(","):
+        if find_spec(backend) is None:
+            print(f"{backend} is not installed", flush=True)
+            continue
+        for task in args.tasks.split(","):
+            sizes = (SMALL if args.small else SIZES)[task]
+            for length in [int(n) for n in args.lengths.split(",")] if args.lengths else sizes:
+                for system in args.systems.split(","):
+                    found = run_child(argv, backend, system, task, length)
+                    results.append({"backend": backend, "task": task, "system": system, "length": length, **found})
+                    print(row(results[-1]), flush=True)
+                    if args.out:
+                        args.out.parent.mkdir(parents=True, exist_ok=True)
+                        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+                        args.out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    if any("error" in r and "memory" not in r["error"] for r in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,99 @@
+"""Many devices: the published layout map, and the same numbers as one device, by the examples' own comparison."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_fam
+from keras_fam.models.layout import WEIGHTS
+from keras_fam.models.presets import weight_shapes
+from keras_fam.sharding import fitted, state_layout
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+SCRIPTS = {"jax": "jax_distribution.py", "torch": "torch_ddp.py", "tensorflow": "tf_mirrored.py"}
+SETTINGS = {"vocabulary_size": 32, "num_layers": 2, "hidden_dim": 16, "num_query_heads": 4, "intermediate_dim": 32}
+
+
+def mesh(shape=(2, 4), names=("batch", "model")):
+    """A mesh of devices that are only named: layouts are looked at here, and nothing is put anywhere."""
+    return keras.distribution.DeviceMesh(shape, names, [f"cpu:{i}" for i in range(np.prod(shape))])
+
+
+def test_same_numbers_as_one_device():
+    """Losses, states, streams and the passed memory agree to 5 decimals; the script says so by its exit status."""
+    backend = keras.backend.backend()
+    script = EXAMPLES / "distributed" / SCRIPTS[backend]
+    env = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, script, "--steps", "3", "--layers", "1"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "the same to 5 decimals" in done.stdout
+    if backend == "jax":  # the state lies along both axes of the mesh
+        assert "ModelParallel: keys of a stream lie as ('batch', None, 'model'" in done.stdout
+        assert "DataParallel: keys of a stream lie as ('batch'" in done.stdout
+
+
+def test_layout_map_covers_the_large_weights():
+    """Every weight of more than one axis, norms and memory aside, lies along both axes of the mesh."""
+    layouts = keras_fam.layout_map(mesh())
+    shapes = weight_shapes({**SETTINGS, "tie_weights": False, "fam_length": 4})
+    small = ("norm", "memory_prompt")
+    for name, shape in shapes.items():
+        layout = layouts[f"lm/backbone/{name}"]
+        if any(word in name for word in small):
+            assert layout is None, name
+        else:
+            assert len(layout.axes) == len(shape), name
+            assert {"batch", "model"} <= set(layout.axes), (name, layout)
+    assert layouts["lm/backbone/block_1/output"].axes == ("batch", None, None)
+
+
+def test_layout_map_matches_the_variables():
+    """Each entry for weights names a variable of a model that has them all."""
+    block = {"use_attention_bias": True, "use_feedforward_bias": True, "block_size": 8, "fam_length": 2}
+    backbone = keras_fam.TransformerFAMBackbone(**SETTINGS, **block, tie_weights=False)
+    lm = keras_fam.TransformerFAMCausalLM(backbone)
+    lm.build()
+    layouts = backbone.get_layout_map(mesh())
+    found = {variable.path: layouts[variable.path] for variable in lm.trainable_variables}
+    used = {id(layout) for layout in found.values() if layout is not None}
+    assert used == {id(layouts[pattern]) for pattern in WEIGHTS}
+    for variable in lm.trainable_variables:
+        layout = found[variable.path]
+        assert layout is None or len(layout.axes) == len(variable.shape), variable.path
+
+
+def test_settings_keep_axes_whole_that_do_not_divide():
+    layouts = keras_fam.layout_map(mesh(), {**SETTINGS, "num_key_value_heads": 1, "fam_length": 4})
+    assert layouts["block_0/attention/key/kernel"].axes == ("batch", None, None)
+    assert layouts["block_0/attention/query/kernel"].axes == ("batch", "model", None)
+
+
+def test_names_of_axes():
+    layouts = keras_fam.layout_map(
+        mesh(names=("data", "tensor")), model_parallel_dim_name="tensor", data_parallel_dim_name="data"
+    )
+    assert layouts["block_0/up/kernel"].axes == ("data", "tensor")
+    with pytest.raises(ValueError, match=r"'batch'.*of size 1"):
+        keras_fam.layout_map(mesh(names=("data", "model")))
+    with pytest.raises(ValueError, match=r"DeviceMesh; received list"):
+        keras_fam.layout_map([1, 2])
+
+
+def test_states_lie_along_the_rows():
+    """Rows over the batch axis, heads over the model axis where they divide; no layout without a distribution."""
+    assert state_layout("key", (8, 16, 4, 4)) is None
+    parallel = keras.distribution.ModelParallel(layout_map=keras_fam.layout_map(mesh()), batch_dim_name="batch")
+    with parallel.scope():
+        assert state_layout("key", (8, 16, 4, 4)).axes == ("batch", None, "model", None)
+        assert state_layout("key", (1, 16, 2, 4)).axes == (None, None, None, None)
+        assert state_layout("fam", (8, 4, 16)).axes == ("batch", None, None)
+        assert state_layout("offset", (8,)).axes == ("batch",)
+    layout = keras.distribution.TensorLayout(("batch", "model"), mesh())
+    assert fitted(layout, (3, 8)).axes == (None, "model")
