@@ -30,7 +30,7 @@ class SaveProgress(FollowDataset):
         path: the file; its folder is made if need be.
         model: a compiled `StreamingModel` or built `keras.Model`.
         dataset: the `ResumableDataset` that is trained on.
-        every: None (at the end of epochs), or after how many batches of an epoch it is saved as well.
+        every: None (once per epoch), or after how many batches of an epoch it is saved as well.
 
     Raises:
         ValueError: if the model is not compiled or not built.
@@ -40,7 +40,7 @@ class SaveProgress(FollowDataset):
     def __init__(self, path, model, dataset, every=None):
         super().__init__(dataset)
         self.path, self.every, self._trained = str(path), every, model
-        self._metrics, self._epoch = None, 0
+        self._metrics, self._epoch, self._due = None, 0, False
         trainer = self._trainer
         if trainer is None or not trainer.compiled or not trainer.built:
             raise ValueError(f"Progress is that of a model that is built and compiled; {model!r} is not.")
@@ -58,6 +58,10 @@ class SaveProgress(FollowDataset):
             _assign(self.model.metrics_variables, self._metrics, "metrics")
             self._metrics = None
 
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._due:  # other callbacks have prepared the new epoch by now, so the dataset has the curriculum's stage
+            self.save(metrics=False)
+
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
         if self.every and (batch + 1) % self.every == 0:
@@ -65,11 +69,15 @@ class SaveProgress(FollowDataset):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        self._epoch = epoch + 1
+        self._epoch, self._due = epoch + 1, True
+
+    def on_train_end(self, logs=None):
+        super().on_train_end(logs)
         self.save(metrics=False)
 
     def save(self, metrics=True):
         """Writes the file now; within an epoch with the running means of the metrics."""
+        self._due = False
         model = self.model if self._model is not None else self._trainer  # Keras' property brings the weights back
         arrays = {f"model.{i:04d}": ops.convert_to_numpy(v.value) for i, v in enumerate(_variables(model))}
         if metrics:

@@ -65,19 +65,24 @@ def continued(seen, expected):
 def test_a_stream_resumes_at_any_batch(tmp_path):
     """Weights, optimizer, carried state, seeds of dropout and noise, running metrics and the place in the documents."""
     settings = {"dropout": 0.2, "fam_noise": 0.1}
-    rows = make_rows()
+
+    def grow(rows):
+        return Curriculum(rows, (3 * S, None), attribute="longest", monitor="loss", threshold=100)
+
+    rows = make_rows(longest=3 * S)
     whole = Losses(rows)
-    make_stream(**settings).fit(rows, epochs=2, verbose=0, callbacks=[whole])
+    make_stream(**settings).fit(rows, epochs=2, verbose=0, callbacks=[whole, grow(rows)])
     assert rows.position == 2 * STEPS and sorted(whole.seen) == list(range(2 * STEPS))
     path = tmp_path / "new" / "progress.safetensors"
-    rows, stop = make_rows(), int(DRAWN.integers(2, 2 * STEPS))
+    rows, stop = make_rows(longest=3 * S), int(DRAWN.integers(2, 2 * STEPS))
     stream, losses = make_stream(**settings), Losses(rows, stop)
     with pytest.raises(Interrupted):
-        SaveProgress(path, stream, rows, every=2).fit(2, callbacks=[losses], verbose=0)
+        SaveProgress(path, stream, rows, every=2).fit(2, callbacks=[losses, grow(rows)], verbose=0)
     continued(losses.seen, {k: whole.seen[k] for k in range(stop)})
-    rows, stream = make_rows(), make_stream(seed=9, **settings)
+    rows, stream = make_rows(longest=3 * S), make_stream(seed=9, **settings)
     progress, losses = SaveProgress(path, stream, rows, every=2), Losses(rows)
-    progress.fit(2, callbacks=[losses], verbose=0)
+    progress.fit(2, callbacks=[losses, grow(rows)], verbose=0)
+    assert rows.longest is None
     assert stop - 2 <= min(losses.seen) <= stop
     continued(losses.seen, whole.seen)
     assert rows.position == 2 * STEPS and progress.fit(2) == []
@@ -108,7 +113,7 @@ def test_a_model_resumes_with_its_schedule(tmp_path):
         SaveProgress(path, lm, batches).fit(2, callbacks=[Losses(batches, STEPS + 2)], verbose=0)
     lm, batches = parts(seed=9)
     losses = Losses(batches)
-    SaveProgress(path, lm, batches).fit(2, callbacks=[losses], verbose=0)
+    SaveProgress(path, lm, batches).fit(2, callbacks=[losses, grow(rows)], verbose=0)
     continued(losses.seen, {k: whole.seen[k] for k in range(STEPS, 2 * STEPS)})
 
 
