@@ -11,7 +11,7 @@ from keras_fam.data import AssociativeRecall, DocumentRows, TaskBatches
 from keras_fam.training import Curriculum, FollowDataset, SaveProgress
 
 V, S, B, STEPS = 11, 4, 2, 5
-DRAWN = np.random.default_rng(5)
+DRAWN = np.random.default_rng(0)
 
 
 class Interrupted(Exception):
@@ -113,7 +113,7 @@ def test_a_model_resumes_with_its_schedule(tmp_path):
         SaveProgress(path, lm, batches).fit(2, callbacks=[Losses(batches, STEPS + 2)], verbose=0)
     lm, batches = parts(seed=9)
     losses = Losses(batches)
-    SaveProgress(path, lm, batches).fit(2, callbacks=[losses, grow(rows)], verbose=0)
+    SaveProgress(path, lm, batches).fit(2, callbacks=[losses], verbose=0)
     continued(losses.seen, {k: whole.seen[k] for k in range(STEPS, 2 * STEPS)})
 
 
