@@ -1,37 +1,38 @@
 """Long trainings: datasets that are followed, interrupted runs that resume, curricula, schedules of RSP."""
 
+import shutil
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import numpy
+from support import close, numpy
 
 import keras_fam
+from keras_fam.carried import chunks_of
 from keras_fam.data import AssociativeRecall, DocumentRows, TaskBatches
 from keras_fam.training import Curriculum, FollowDataset, SaveProgress
 
 V, S, B, STEPS = 11, 4, 2, 5
-DRAWN = np.random.default_rng(0)
-
-
-class Interrupted(Exception):
-    pass
 
 
 class Losses(keras.callbacks.Callback):
-    """Running losses by batch number since the start of training; raises after `stop` batches."""
+    """Running losses by batch number since the start of training.
 
-    def __init__(self, dataset, stop=None):
+    At batch `stop`, what a killed process would leave of `path` is copied beside it.
+    """
+
+    def __init__(self, dataset, path=None, stop=None):
         super().__init__()
-        self.dataset, self.stop, self.seen = dataset, stop, {}
+        self.dataset, self.path, self.stop, self.seen = dataset, path, stop, {}
 
     def on_epoch_begin(self, epoch, logs=None):
         self.first = self.dataset.position
 
     def on_train_batch_end(self, batch, logs=None):
         self.seen[self.first + batch] = float(logs["loss"])
-        if len(self.seen) == self.stop:
-            raise Interrupted
+        if self.first + batch == self.stop:
+            shutil.copy(self.path, f"{self.path}.broken")
 
 
 def make_rows(**options):
@@ -55,85 +56,77 @@ def make_stream(seed=0, **settings):
     return stream
 
 
-def continued(seen, expected):
-    """The losses of a run in parts are those of the run in one."""
-    assert sorted(expected)[-len(seen) :] == sorted(seen)
+@pytest.fixture(scope="module")
+def stream():
+    """Shared, since compiling a step takes long."""
+    return make_stream()
+
+
+def continued(seen, expected, first):
+    """The losses of a resumed run are those of the run in one, from batch `first` on."""
+    assert sorted(seen) == list(range(first, 2 * STEPS))
     for number, loss in seen.items():
         assert abs(loss - expected[number]) <= 1e-6 * expected[number], (keras.backend.backend(), number)
 
 
 def test_a_stream_resumes_at_any_batch(tmp_path):
-    """Weights, optimizer, carried state, seeds of dropout and noise, running metrics and the place in the documents."""
-    settings = {"dropout": 0.2, "fam_noise": 0.1}
+    """Weights, optimizer, carried state, seeds of dropout and noise, running metrics, the place in the documents, and
+    the stage of a curriculum."""
+    settings, path = {"dropout": 0.2, "fam_noise": 0.1}, tmp_path / "new" / "progress.safetensors"
+    stop = int(np.random.default_rng(0).integers(2, 2 * STEPS))
 
-    def grow(rows):
-        return Curriculum(rows, (3 * S, None), attribute="longest", monitor="loss", threshold=100)
+    def run(path, seed, stop=None):
+        rows, stream = make_rows(longest=3 * S), make_stream(seed, **settings)
+        grow = Curriculum(rows, (3 * S, None), attribute="longest", monitor="loss", threshold=100)
+        progress, losses = SaveProgress(path, stream, rows, every=2), Losses(rows, path, stop)
+        progress.fit(2, callbacks=[losses, grow], verbose=0)
+        assert rows.position == 2 * STEPS and rows.longest is None
+        return losses.seen, progress, stream
 
-    rows = make_rows(longest=3 * S)
-    whole = Losses(rows)
-    make_stream(**settings).fit(rows, epochs=2, verbose=0, callbacks=[whole, grow(rows)])
-    assert rows.position == 2 * STEPS and sorted(whole.seen) == list(range(2 * STEPS))
-    path = tmp_path / "new" / "progress.safetensors"
-    rows, stop = make_rows(longest=3 * S), int(DRAWN.integers(2, 2 * STEPS))
-    stream, losses = make_stream(**settings), Losses(rows, stop)
-    with pytest.raises(Interrupted):
-        SaveProgress(path, stream, rows, every=2).fit(2, callbacks=[losses, grow(rows)], verbose=0)
-    continued(losses.seen, {k: whole.seen[k] for k in range(stop)})
-    rows, stream = make_rows(longest=3 * S), make_stream(seed=9, **settings)
-    progress, losses = SaveProgress(path, stream, rows, every=2), Losses(rows)
-    progress.fit(2, callbacks=[losses, grow(rows)], verbose=0)
-    assert rows.longest is None
-    assert stop - 2 <= min(losses.seen) <= stop
-    continued(losses.seen, whole.seen)
-    assert rows.position == 2 * STEPS and progress.fit(2) == []
+    expected, progress, stream = run(path, 0, stop)
+    assert sorted(expected) == list(range(2 * STEPS)) and progress.fit(2) == []
+    found, _, other = run(f"{path}.broken", 9)
+    continued(found, expected, {7: 6, 8: 7, 9: 9}[stop])
+    for one, two in zip(keras.tree.flatten(stream.state), keras.tree.flatten(other.state), strict=True):
+        close(one, numpy(two), 1e-5)
     with pytest.raises(ValueError, match="Make both as they were"):
-        other = make_stream(num_visible_memories=2)
-        SaveProgress(path, other, make_rows()).restore()
-    assert other.position.tolist() == [0, 0]
+        SaveProgress(path, make_stream(num_visible_memories=2), make_rows()).restore()
 
 
 def test_a_model_resumes_with_its_schedule(tmp_path):
     """`keras.Model.fit` on a task; the memory that RSP passes on and its schedule go on as well."""
-    passing = {"random_state_passing": keras_fam.Ramp(1.0, delay=3, ramp=4)}
-
-    def parts(seed=0):
-        task = AssociativeRecall(num_pairs=2, symbols=V - 4)
-        lm, batches = make_lm(seed, **passing), TaskBatches(task, B, block_size=S, blocks=4, steps_per_epoch=STEPS)
-        lm.compile(keras.optimizers.Adam(1e-2))
-        return lm, batches
-
-    lm, batches = parts()
-    whole = Losses(batches)
-    SaveProgress(tmp_path / "whole.safetensors", lm, batches).fit(2, callbacks=[whole], verbose=0)
-    assert len(whole.seen) == 2 * STEPS and batches.position == 2 * STEPS
-    assert float(numpy(lm.backbone.random_state_passing.current_rate)) == 1.0
-    lm, batches = parts()
     path = tmp_path / "progress.safetensors"
-    with pytest.raises(Interrupted):
-        SaveProgress(path, lm, batches).fit(2, callbacks=[Losses(batches, STEPS + 2)], verbose=0)
-    lm, batches = parts(seed=9)
-    losses = Losses(batches)
-    SaveProgress(path, lm, batches).fit(2, callbacks=[losses], verbose=0)
-    continued(losses.seen, {k: whole.seen[k] for k in range(STEPS, 2 * STEPS)})
+
+    def run(path, seed, stop=None):
+        lm = make_lm(seed, random_state_passing=keras_fam.Ramp(1.0, delay=3, ramp=4))
+        lm.compile(keras.optimizers.Adam(1e-2))
+        task = AssociativeRecall(num_pairs=2, symbols=V - 4)
+        batches = TaskBatches(task, B, block_size=S, blocks=4, steps_per_epoch=STEPS)
+        losses = Losses(batches, path, stop)
+        SaveProgress(path, lm, batches).fit(2, callbacks=[losses], verbose=0)
+        passing = lm.backbone.random_state_passing
+        assert int(numpy(passing.steps)) == 2 * STEPS and float(numpy(passing.current_rate)) == 1.0
+        return losses.seen
+
+    expected = run(path, 0, STEPS + 2)
+    continued(run(f"{path}.broken", 9), expected, STEPS)
 
 
-def test_fit_moves_the_place_on():
+def test_fit_moves_the_place_on(stream):
     """Two fits read on; evaluation, a failed fit and other epochs than the dataset's do not move it."""
-    rows, stream = make_rows(steps_per_epoch=None), make_stream()
+    rows, twin = make_rows(steps_per_epoch=None), make_rows(steps_per_epoch=None)
     stream.fit(rows, epochs=2, steps_per_epoch=2, verbose=0)
     assert rows.position == 4
-    seen = []
+    assert len(list(chunks_of(rows, 3))) == 3 and len(list(chunks_of(make_rows()))) == STEPS
+    stream.evaluate(rows, steps=2, verbose=0)
 
-    class Watch(keras.callbacks.Callback):
-        def on_predict_batch_end(self, batch, logs=None):
-            seen.append(logs["outputs"].shape)
+    def fail(batch, logs=None):
+        raise KeyError
 
-    stream.predict(rows, steps=2, callbacks=[Watch()])
-    assert seen == [(B, 2 * S, V)] * 2 and rows.position == 4
-    with pytest.raises(Interrupted):
-        stream.fit(rows, steps_per_epoch=3, verbose=0, callbacks=[Losses(rows, stop=2)])
+    with pytest.raises(KeyError):
+        fails = keras.callbacks.LambdaCallback(on_train_batch_end=fail)
+        stream.fit(rows, steps_per_epoch=3, verbose=0, callbacks=[fails])
     assert rows.position == 4
-    twin = make_rows(steps_per_epoch=None)
     twin.advance(4)
     np.testing.assert_array_equal(rows[0][1], twin[0][1])
     with pytest.raises(ValueError, match="leave it out of `fit`"):
@@ -142,9 +135,9 @@ def test_fit_moves_the_place_on():
         SaveProgress("nowhere.safetensors", make_lm(), rows)
 
 
-def test_curricula():
+def test_curricula(stream):
     """Stages by epochs and by a threshold, over rows in `fit` (one compiled step) and over growing batches."""
-    rows, stream, seen = make_rows(longest=S), make_stream(), []
+    rows, seen = make_rows(longest=S), []
 
     class Watch(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -184,7 +177,7 @@ def test_growing_batches_in_fit():
             shapes.append((batches.position, batches[0][0].shape[1]))
 
     data = batches.to_tf_dataset(fixed_length=False)
-    lm.fit(data, epochs=2, verbose=0, callbacks=[grow, FollowDataset(batches), Watch()])
+    lm.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[grow, FollowDataset(batches), Watch()])
     assert shapes == [(0, 16), (2, 24)] and batches.position == 4
 
 
@@ -198,18 +191,16 @@ def test_ramp():
         keras_fam.Ramp(0.5, delay=-1)
 
 
-def test_passing_sets_in_with_the_schedule(tmp_path):
+def test_passing_sets_in_with_the_schedule():
     """In compiled steps: the learned memory gets gradients until every row starts from the one that is passed on."""
     lm = make_lm(random_state_passing=keras_fam.Ramp(1.0, delay=2))
     lm.compile(keras.optimizers.SGD(1e-1))
     tokens = np.random.default_rng(0).integers(1, V, (B, 3 * S))
     moved = []
-    for step in range(4):
-        if step == 1:  # a loaded model counts on
-            lm.save(tmp_path / "lm.keras")
-            lm = keras.models.load_model(tmp_path / "lm.keras")
+    for _ in range(4):
         before = numpy(lm.backbone.memory_prompt)
         lm.train_on_batch(tokens, np.roll(tokens, -1, axis=1))
         moved.append(bool(np.abs(numpy(lm.backbone.memory_prompt) - before).max() > 0))
     assert moved == [True, True, False, False]
-    assert int(numpy(lm.backbone.random_state_passing.steps)) == 4
+    clone = type(lm).from_config(lm.get_config()).backbone.random_state_passing
+    assert clone.rate.get_config() == {"value": 1.0, "delay": 2, "ramp": 0}
