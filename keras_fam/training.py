@@ -55,6 +55,8 @@ class SaveProgress(FollowDataset):
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         if self._metrics is not None:  # Keras has just reset them
+            if len(self.model.metrics_variables) < len(self._metrics):  # TensorFlow makes them in the first step
+                self.model._symbolic_build(data_batch=self.dataset[0])
             _assign(self.model.metrics_variables, self._metrics, "metrics")
             self._metrics = None
 

@@ -147,6 +147,18 @@ def test_tf_dataset():
     assert spec[0]["token_ids"].shape.as_list() == [B, None] and spec[0]["reset"].shape.as_list() == [B]
 
 
+def test_grain():
+    """Rows are a source of grain as they are, whose iterators resume by themselves."""
+    grain = pytest.importorskip("grain")
+    rows = DocumentRows(documents(), B, C, steps_per_epoch=5)
+    data = grain.MapDataset.source(rows)
+    same(list(data), list(rows))
+    iterator, again = iter(data.to_iter_dataset()), iter(data.to_iter_dataset())
+    next(iterator)
+    again.set_state(iterator.get_state())
+    same(next(again), rows[1])
+
+
 def test_packing():
     parts = [example([1, 2], [3]), example([4], [5, 6, 7]), np.array([8, 9])]
     packed = pack(parts, 7, pad_id=0)
