@@ -38,8 +38,8 @@ class CarriedState(keras.Model):
 
     Inputs are `[B, T]` chunks (`[B, T, D]` for a layer), or a dict of `"token_ids"`, `"lengths"` int `[B]` or
     `"padding_mask"` bool `[B, T]`, and `"reset"` bool `[B]`: rows that start anew before the chunk. Outputs are those
-    of the wrapped model. Gradients stop where a chunk starts: back-propagation is truncated to one chunk, and a model
-    with `remat=True` keeps the memory of a long one small.
+    of the wrapped model. Gradients stop where a chunk starts: back-propagation is truncated to one chunk, a model with
+    `remat=True` keeps the memory of a long one small, and one with `backpropagation_steps` truncates within it.
 
     Args:
         model: a built TransformerFAM model or layer.
