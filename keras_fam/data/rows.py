@@ -1,6 +1,6 @@
 """Long documents as contiguous rows: what row b of one batch reads, row b of the next one goes on with.
 
-Shuffled pieces of text teach no memory ("curse of IID", Sec. 5 of the paper). Here a document stays in its row until
+Shuffled pieces of text teach no memory (the paper calls it the curse of IID). Here a document stays in its row until
 it ends; a flag says where a row starts another, and training with carried state (`StreamingModel.fit`) does the rest.
 """
 
