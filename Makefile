@@ -72,7 +72,7 @@ $(VENV)/.jax $(VENV)/.torch $(VENV)/.tensorflow: $(VENV)/.%: $(VENV)/bin/python 
 	touch $@
 
 $(VENV)/.all: $(VENV)/bin/python pyproject.toml
-	$(PIP) -e '.[jax,tensorflow,torch,hub,serving,sessions,formats,plot,dev]'
+	$(PIP) -e '.[jax,tensorflow,torch,hub,serving,sessions,formats,plot,grain,dev]'
 	touch $@
 
 # The package with the weights names an inference engine among its own needs, which is not used here: --no-deps.

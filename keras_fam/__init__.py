@@ -1,11 +1,11 @@
 """TransformerFAM for Keras 3: feedback attention as working memory (arXiv 2404.09173), on three backends."""
 
-from keras_fam import hub
+from keras_fam import data, hub, training
 from keras_fam.checks import check_streaming
 from keras_fam.export import export_serving
 from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
-from keras_fam.layers.random_state_passing import RandomStatePassing
+from keras_fam.layers.random_state_passing import Ramp, RandomStatePassing
 from keras_fam.models.backbone import TransformerFAMBackbone
 from keras_fam.models.causal_lm import TransformerFAMCausalLM
 from keras_fam.models.layout import layout_map
@@ -18,6 +18,7 @@ __all__ = [
     "Cursor",
     "FeedbackAttention",
     "LayerState",
+    "Ramp",
     "RandomStatePassing",
     "StreamState",
     "StreamingModel",
@@ -25,8 +26,10 @@ __all__ = [
     "TransformerFAMBlock",
     "TransformerFAMCausalLM",
     "check_streaming",
+    "data",
     "export_serving",
     "hub",
     "layout_map",
     "preset",
+    "training",
 ]

@@ -5,11 +5,13 @@ it from batch to batch, on every backend.
 """
 
 import contextlib
+import itertools
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_fam.follow import following
 from keras_fam.layers.streaming_layer import check_padding_mask
 from keras_fam.sharding import state_variables
 from keras_fam.state import map_specs, where_rows
@@ -37,8 +39,8 @@ class CarriedState(keras.Model):
 
     Inputs are `[B, T]` chunks (`[B, T, D]` for a layer), or a dict of `"token_ids"`, `"lengths"` int `[B]` or
     `"padding_mask"` bool `[B, T]`, and `"reset"` bool `[B]`: rows that start anew before the chunk. Outputs are those
-    of the wrapped model. Gradients stop where a chunk starts: back-propagation is truncated to one chunk, and a model
-    with `remat=True` keeps the memory of a long one small.
+    of the wrapped model. Gradients stop where a chunk starts: back-propagation is truncated to one chunk, a model with
+    `remat=True` keeps the memory of a long one small, and one with `backpropagation_steps` truncates within it.
 
     Args:
         model: a built TransformerFAM model or layer.
@@ -150,7 +152,8 @@ class StreamTraining:
         Gradients stop where a chunk starts.
 
         Args:
-            x: a `PyDataset`, `tf.data.Dataset`, iterable of batches, or an array of chunks, B rows each.
+            x: a `PyDataset`, `tf.data.Dataset`, iterable of batches, or an array of chunks, B rows each. The place of
+                a `keras_fam.data` dataset moves on with training, so that the next `fit` reads on.
             y: targets, if `x` is an array.
             sample_weight: loss weights, if `x` is an array.
             reset_every_epoch: whether all rows start anew with every epoch.
@@ -164,9 +167,15 @@ class StreamTraining:
         callbacks = list(callbacks or [])
         if reset_every_epoch:
             callbacks.insert(0, ResetEveryEpoch())
+        place = x.state_dict() if hasattr(x, "state_dict") and hasattr(x, "load_state_dict") else None
         with self._lent() as carried:
-            kwargs = {**kwargs, "shuffle": False, "callbacks": callbacks}
-            return carried.fit(x, y, sample_weight=sample_weight, **self._batched(x, kwargs))
+            kwargs = {**kwargs, "shuffle": False, "callbacks": following(x, callbacks)}
+            try:
+                return carried.fit(x, y, sample_weight=sample_weight, **self._batched(x, kwargs))
+            except BaseException:
+                if place is not None:  # as the streams do, the data stand where they stood
+                    x.load_state_dict(place)
+                raise
 
     def evaluate(self, x=None, y=None, *, sample_weight=None, **kwargs):
         """As `keras.Model.evaluate`, over successive chunks; see `fit`."""
@@ -203,10 +212,10 @@ class ResetEveryEpoch(keras.callbacks.Callback):
 
 def chunks_of(dataset, steps=None):
     """Chunks of a `PyDataset`, a `tf.data.Dataset` or any iterable; targets and weights are left out."""
-    batches = (dataset[i] for i in range(len(dataset))) if isinstance(dataset, keras.utils.PyDataset) else dataset
-    for i, batch in enumerate(batches):
-        if steps is not None and i == steps:
-            return
+    if isinstance(dataset, keras.utils.PyDataset):
+        source, number = dataset, dataset.num_batches
+        dataset = (source[i] for i in (itertools.count() if number is None else range(number)))
+    for batch in itertools.islice(dataset, steps):
         chunk = batch[0] if isinstance(batch, (tuple, list)) else batch
         yield keras.tree.map_structure(_to_numpy, chunk)
 
@@ -221,7 +230,8 @@ def _to_numpy(x):
 
 def predict_chunks(stream, dataset, *, steps=None, verbose=0, callbacks=None, collect=True):
     """Reads chunk after chunk through a `StreamingModel`, with Keras' callbacks; see `StreamingModel.predict`."""
-    total = len(dataset) if hasattr(dataset, "__len__") else None
+    total = dataset.num_batches if isinstance(dataset, keras.utils.PyDataset) else getattr(dataset, "__len__", None)
+    total = total() if callable(total) else total
     total = steps if total is None else min(total, steps or total)
     verbose = 1 if verbose == "auto" else verbose
     if not isinstance(callbacks, keras.callbacks.CallbackList):

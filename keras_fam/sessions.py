@@ -23,7 +23,8 @@ _EXTRAS = "extras."
 # Settings that change no output of a stream.
 _FREE = {
     "name", "trainable", "dtype", "stateful", "kernel_initializer", "blocks", "layer_settings", "dropout", "fam_noise",
-    "stop_memory_gradient", "remat", "blocks_per_step", "random_state_passing", "random_position_offset",
+    "stop_memory_gradient", "remat", "blocks_per_step", "backpropagation_steps", "random_state_passing",
+    "random_position_offset",
 }  # fmt: skip
 
 

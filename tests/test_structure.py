@@ -10,19 +10,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
-    *(
-        "ops.backend",
-        "state",
-        "sharding",
-        "ops",
-        "layers",
-        "session_file",
-        "sessions",
-        "sampling",
-        "generation",
-        "carried",
-    ),
-    *("streaming", "completion", "models", "data", "checks", "export", "hub", ""),
+    *("ops.backend", "state", "sharding", "ops", "layers", "session_file", "sessions", "sampling", "generation"),
+    *("follow", "carried", "streaming", "completion", "models", "data", "training", "checks", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}

@@ -3,6 +3,34 @@
 import keras
 from keras import ops
 
+Schedule = keras.optimizers.schedules.LearningRateSchedule
+
+
+@keras.saving.register_keras_serializable(package="keras_fam")
+class Ramp(Schedule):
+    """A schedule that is 0 for `delay` steps and then rises linearly to `value` within `ramp` steps.
+
+    For `random_state_passing`, and wherever Keras takes a learning rate schedule.
+
+    Args:
+        value: the final value, reached at step `delay + ramp` and kept from there on.
+        delay: steps at 0, a whole number of at least 0.
+        ramp: steps of the rise, a whole number of at least 0; 0 jumps.
+    """
+
+    def __init__(self, value: float, delay: int = 0, ramp: int = 0):
+        for name, steps in (("delay", delay), ("ramp", ramp)):
+            if not isinstance(steps, int) or steps < 0:
+                raise ValueError(f"`{name}` is a number of steps, 0 or more; received {steps!r}.")
+        self.value, self.delay, self.ramp = value, delay, ramp
+
+    def __call__(self, step):
+        risen = (ops.cast(step, "float32") - (self.delay - 1)) / (self.ramp + 1)
+        return self.value * ops.clip(risen, 0.0, 1.0)
+
+    def get_config(self):
+        return {"value": self.value, "delay": self.delay, "ramp": self.ramp}
+
 
 @keras.saving.register_keras_serializable(package="keras_fam")
 class RandomStatePassing(keras.layers.Layer):
@@ -14,14 +42,18 @@ class RandomStatePassing(keras.layers.Layer):
 
     Args:
         rate: p, the probability that a row starts from the kept memory instead of the learned one (0.8 in the paper).
+            Or a Keras schedule of p by training steps, such as `Ramp(0.8, delay=1000, ramp=500)`; the steps are then
+            counted in a non-trainable weight, so that compiled steps and loaded models follow it too.
         num_layers: L.
         fam_length: F.
         seed: None or an int.
     """
 
-    def __init__(self, rate: float, num_layers: int, fam_length: int, seed: int | None = None, **kwargs):
+    def __init__(self, rate, num_layers: int, fam_length: int, seed: int | None = None, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= rate <= 1:
+        if isinstance(rate, dict):
+            rate = keras.saving.deserialize_keras_object(rate)
+        if not isinstance(rate, Schedule) and not 0 <= rate <= 1:
             raise ValueError(f"`rate` is a probability from 0 to 1; received {rate!r}.")
         self.rate, self.num_layers, self.fam_length, self.seed = rate, num_layers, fam_length, seed
         self.seed_generator = keras.random.SeedGenerator(seed)
@@ -44,14 +76,22 @@ class RandomStatePassing(keras.layers.Layer):
             aggregation="only_first_replica",
             name="filled",
         )
+        self.steps = None
+        if isinstance(self.rate, Schedule):
+            self.steps = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name="steps")
+
+    @property
+    def current_rate(self):
+        """p of the next training step: the float `rate`, or a float32 scalar tensor if that is a schedule."""
+        return self.rate if self.steps is None else self.rate(self.steps.value)
 
     def choose(self, batch_size):
         """bool `[B]`: the rows that start from the kept memory; none before the first `keep`."""
         draw = keras.random.uniform((batch_size,), seed=self.seed_generator)
-        return ops.logical_and(draw < self.rate, self.filled)
+        return ops.logical_and(draw < self.current_rate, self.filled)
 
     def keep(self, fams, written):
-        """Stores row 0's memory.
+        """Stores row 0's memory, which ends a training step.
 
         Args:
             fams: a list of L memories `[B, F, D]`.
@@ -60,8 +100,11 @@ class RandomStatePassing(keras.layers.Layer):
         memory = ops.stop_gradient(ops.stack([fam[0] for fam in fams], axis=0))
         self.memory.assign(ops.where(written, ops.cast(memory, self.memory.dtype), self.memory.value))
         self.filled.assign(ops.logical_or(self.filled.value, written))
+        if self.steps is not None:
+            self.steps.assign(self.steps.value + 1)
 
     def get_config(self):
         config = super().get_config()
-        config.update(rate=self.rate, num_layers=self.num_layers, fam_length=self.fam_length, seed=self.seed)
+        rate = keras.saving.serialize_keras_object(self.rate) if isinstance(self.rate, Schedule) else self.rate
+        config.update(rate=rate, num_layers=self.num_layers, fam_length=self.fam_length, seed=self.seed)
         return config

@@ -10,14 +10,13 @@ from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.settings import require_positive, require_whole
+from keras_fam.models.layout import layout_map
 from keras_fam.models.lora import LoRA
 from keras_fam.models.preset_folder import load_backbone, save_to_preset
-from keras_fam.models.layout import layout_map
 from keras_fam.models.starting_state import starting_state
+from keras_fam.models.steps import advance_in_steps, step_blocks
 from keras_fam.models.streaming_call import StreamingModelMixin
-from keras_fam.ops.backend import remat
 from keras_fam.ops.dropout import fold
-from keras_fam.ops.scan import scan
 from keras_fam.sharding import shard_output, shard_state
 from keras_fam.state import StreamState, advance_cursor, cursor_spec
 
@@ -64,12 +63,16 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         logit_softcap: None, or the soft cap of the logits (Gemma 2).
         layer_settings: None, or one dict per layer with settings of that layer alone (Gemma 3's local layers).
         random_state_passing: p of Random State Passing in training (App. B.2.3); 0 turns it off, the paper has 0.8.
+            Or a schedule of it, see `RandomStatePassing`.
         random_position_offset: whether Random Position Offset is drawn in training (App. B.2.2). Positions are
             relative here, so it changes results for `fam_position="zero"` alone.
         blocks_per_step: None, or how many blocks are advanced at a time: memory for a long input stays that of one
             step; no result changes.
         remat: whether each such step is computed again in the backward pass instead of being stored
-            (`keras.remat`); 4 blocks a step unless `blocks_per_step` says otherwise.
+            (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same. 4 blocks
+            a step unless `blocks_per_step` says otherwise.
+        backpropagation_steps: None, or how many such steps gradients cross at most: states are detached after every
+            so many steps of a call, counted from its start (truncated back-propagation). None: the whole call.
         **block: every other setting of `TransformerFAMBlock`: `block_size`, `memory_segments`, `fam_length`, …
 
     Calls: `hidden = backbone(token_ids)` with token ids int `[B, T]`, or a dict of `"token_ids"` and
@@ -95,10 +98,11 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         tie_weights: bool = True,
         logit_softcap: float | None = None,
         layer_settings: list | None = None,
-        random_state_passing: float = 0.0,
+        random_state_passing=0.0,
         random_position_offset: bool = False,
         blocks_per_step: int | None = None,
         remat: bool = False,
+        backpropagation_steps: int | None = None,
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
@@ -112,8 +116,9 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         ):
             require_whole(key, value, 1)
         require_whole("num_query_heads", num_query_heads, 1)
-        if blocks_per_step is not None:
-            require_whole("blocks_per_step", blocks_per_step, 1)
+        for key, value in (("blocks_per_step", blocks_per_step), ("backpropagation_steps", backpropagation_steps)):
+            if value is not None:
+                require_whole(key, value, 1)
         if logit_softcap is not None:
             require_positive("logit_softcap", logit_softcap)
         unknown = sorted(set(block) - block_settings())
@@ -142,6 +147,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         self.embedding_scale, self.tie_weights, self.logit_softcap = embedding_scale, tie_weights, logit_softcap
         self.random_position_offset = random_position_offset
         self.blocks_per_step, self.remat = blocks_per_step, remat
+        self.backpropagation_steps = backpropagation_steps
         self.token_embedding = keras.layers.ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
@@ -276,37 +282,21 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         if training and any(block.draws for block in self.blocks):
             seed = self.seed_generator.next()
         x = self.embed(token_ids)
-        length, step = x.shape[1], self.blocks_per_step or (4 if self.remat else None)
+        length, step = x.shape[1], step_blocks(self)
         size = None if step is None else step * self.block_size
         if size is None or length is None or length <= size or start == "anywhere":
+            if training and self.backpropagation_steps and start == "anywhere" and not (length and length <= size):
+                raise ValueError(
+                    f"`backpropagation_steps` cuts between steps of {size} tokens, so rows stand at the start of a "
+                    f"block; received {length} tokens of rows that may stand anywhere. Train on whole blocks "
+                    "(aligned=True), or make the chunks as short as a step."
+                )
             x, state = self._advance_layers(x, state, start=start, lengths=lengths, seed=seed, keep_state=keep_state)
-            return self._finish(x), state
-        num_steps = length // size
-        whole = ops.reshape(x[:, : num_steps * size], (-1, num_steps, size, self.hidden_dim))
-        xs = {"x": ops.moveaxis(whole, 1, 0)}
-        step_index = ops.arange(num_steps, dtype="int32")
-        if lengths is not None:
-            xs["lengths"] = ops.clip(ops.expand_dims(lengths, 0) - ops.expand_dims(step_index * size, 1), 0, size)
-        if seed is not None:
-            xs["seed"] = fold(seed, 1 + 4096 * self.num_layers * step_index)
-
-        def body(state, given):
-            y, state = self._advance_layers(
-                given["x"], state, start="boundary", lengths=given.get("lengths"), seed=given.get("seed")
+        else:
+            x, state = advance_in_steps(
+                self, x, state, size, lengths=lengths, seed=seed, training=training, keep_state=keep_state
             )
-            return state, (y,)
-
-        if self.remat and training:
-            body = remat(body, self.trainable_variables)
-        state, (ys,) = scan(body, state, xs, (xs["x"][0],))
-        y = ops.reshape(ops.moveaxis(ys, 0, 1), (-1, num_steps * size, self.hidden_dim))
-        if length % size:
-            rest = None if lengths is None else ops.maximum(lengths - num_steps * size, 0)
-            last, state = self._advance_layers(
-                x[:, num_steps * size :], state, start="boundary", lengths=rest, seed=seed, keep_state=keep_state
-            )
-            y = ops.concatenate([y, last], axis=1)
-        return self._finish(y), state
+        return self._finish(x), state
 
     def _advance_layers(self, x, state, *, start, lengths=None, seed=None, keep_state=True):
         rider = None
@@ -353,10 +343,11 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             tie_weights=self.tie_weights,
             logit_softcap=self.logit_softcap,
             layer_settings=self.layer_settings,
-            random_state_passing=0.0 if passing is None else passing.rate,
+            random_state_passing=0.0 if passing is None else passing.get_config()["rate"],
             random_position_offset=self.random_position_offset,
             blocks_per_step=self.blocks_per_step,
             remat=self.remat,
+            backpropagation_steps=self.backpropagation_steps,
             **self.block_settings,
         )
         return config

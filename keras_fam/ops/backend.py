@@ -143,3 +143,29 @@ def _remade(make, variables):
         return program(*args)
 
     return run
+
+
+def tf_dataset(generator, signature, number=None):
+    """`tf.data.Dataset.from_generator` over NumPy batches, under any backend.
+
+    Args:
+        generator: function without arguments that returns an iterator.
+        signature: structure of `(dtype, shape)` pairs, shapes with None where they are open.
+        number: None, or how many batches there are.
+    """
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError("A tf.data.Dataset needs TensorFlow: pip install 'keras-fam[tensorflow]'.") from error
+
+    def spec(part):
+        if isinstance(part, dict):
+            return {name: spec(value) for name, value in part.items()}
+        if isinstance(part[0], str):
+            return tf.TensorSpec(part[1], part[0])
+        return tuple(map(spec, part))
+
+    dataset = tf.data.Dataset.from_generator(generator, output_signature=spec(signature))
+    if number is not None:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(number))
+    return dataset.prefetch(2)

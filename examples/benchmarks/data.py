@@ -1,0 +1,106 @@
+"""Throughput of the data pipelines against the train step: how much of a step's time its data take.
+
+    KERAS_BACKEND=jax python examples/benchmarks/data.py
+
+The model is that of `make demo` (2 layers of width 64), so the step is as short as steps get. Data are made in the
+same thread as the step, one batch after the other: the time of both, and the ratio.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import keras
+import numpy as np
+
+import keras_fam
+from keras_fam.data import AssociativeRecall, Copy, DocumentRows, PassKey, SeveralKeys, TaskBatches, pack
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=8, help="blocks in a chunk or sequence")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=None)
+    return parser.parse_args()
+
+
+def pipelines(args):
+    """Name to dataset; all batches are `[B, blocks · S]` tokens."""
+    rng, size = np.random.default_rng(0), args.blocks * args.block_size
+    texts = [rng.integers(1, 2000, n) for n in rng.integers(1_000, 100_000, 100)]
+    short = [rng.integers(1, 2000, n) for n in rng.integers(20, 400, 20_000)]
+    tasks = {
+        "PassKey": PassKey(),
+        "several keys": SeveralKeys(),
+        "associative recall": AssociativeRecall(num_pairs=8, num_keys=4),
+        "copy": Copy(length=16),
+    }
+    found = {
+        "documents in rows": DocumentRows(texts, args.batch, size),
+        "packed examples in rows": DocumentRows(pack(short, 8_500), args.batch, size),
+    }
+    for name, task in tasks.items():
+        found[name] = TaskBatches(task, args.batch, block_size=args.block_size, blocks=args.blocks)
+    return found
+
+
+def mapped(folder, args):
+    """Documents that lie on disk and are read as they are needed."""
+    rng, texts = np.random.default_rng(0), []
+    for i in range(20):
+        np.save(Path(folder) / f"{i}.npy", rng.integers(1, 2000, 100_000).astype("int32"))
+        texts.append(np.load(Path(folder) / f"{i}.npy", mmap_mode="r"))
+    return DocumentRows(texts, args.batch, args.blocks * args.block_size)
+
+
+def seconds(function, repeats):
+    found = []
+    for i in range(repeats + 2):
+        started = time.perf_counter()
+        function(i)
+        found.append(time.perf_counter() - started)
+    return median(found[2:])
+
+
+def main():
+    args = arguments()
+    keras.utils.set_random_seed(0)
+    backbone = keras_fam.TransformerFAMBackbone(
+        2000, args.layers, args.width, 4, 2 * args.width, block_size=args.block_size, memory_segments=0, fam_length=8
+    )
+    stream = keras_fam.StreamingModel(keras_fam.TransformerFAMCausalLM(backbone), args.batch)
+    stream.compile("adam")
+    with tempfile.TemporaryDirectory() as folder:
+        datasets = {**pipelines(args), "documents on disk in rows": mapped(folder, args)}
+        rows = datasets["documents in rows"]
+        step = seconds(lambda i: stream.train_on_batch(*rows[i]), args.repeats)
+        result = {"step_ms": 1e3 * step, "tokens": args.batch * args.blocks * args.block_size, "data_ms": {}}
+        print(f"{keras.backend.backend()}: train step {1e3 * step:.1f} ms for {result['tokens']:,} tokens")
+        for name, dataset in datasets.items():
+            taken = seconds(dataset.__getitem__, args.repeats)
+            result["data_ms"][name] = 1e3 * taken
+            print(f"{name:<26}{1e3 * taken:7.2f} ms, {100 * taken / step:5.1f} % of a step")
+    result.update(
+        largest_ratio=max(result["data_ms"].values()) / result["step_ms"],
+        backend=keras.backend.backend(),
+        arguments={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        versions={"python": platform.python_version(), "keras": keras.__version__},
+        machine=f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Kills trainings at random steps, resumes them, and compares every loss with that of a run that was never stopped.
+
+    python examples/benchmarks/resume.py --backends jax,torch,tensorflow --kills 2 --out out/resume.json
+
+Each run is a process of its own, and killed by SIGKILL: it gets no chance to save. Dropout and noise on the memory draw
+from seed generators, Adam has moments, rows carry state across steps, and the order of documents is drawn: all of it
+has to come back for the losses to be the same.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--backends", default="jax,torch,tensorflow")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30, help="batches in an epoch")
+    parser.add_argument("--every", type=int, default=7, help="batches after which progress is saved")
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the steps at which runs are killed")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--worker", type=Path, default=None, help="used by the script itself: a run in this folder")
+    return parser.parse_args()
+
+
+def worker(args):
+    """A training that resumes what is in its folder, and writes a line per batch."""
+    import keras
+
+    import keras_fam
+    from keras_fam.data import DocumentRows
+    from keras_fam.training import SaveProgress
+
+    class Losses(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.first = rows.position
+
+        def on_train_batch_end(self, batch, logs=None):
+            with open(args.worker / "losses", "a") as file:
+                file.write(f"{self.first + batch} {float(logs['loss'])!r}\n")
+
+    keras.utils.set_random_seed(int.from_bytes(os.urandom(2), "little") if (args.worker / "losses").exists() else 0)
+    rng = np.random.default_rng(0)
+    texts = [np.cumsum(rng.integers(1, 3, n)) % 50 for n in rng.integers(100, 1000, 20)]
+    backbone = keras_fam.TransformerFAMBackbone(
+        50, 2, 32, 4, 64, block_size=16, memory_segments=1, fam_length=4, dropout=0.1, fam_noise=0.1
+    )
+    stream = keras_fam.StreamingModel(keras_fam.TransformerFAMCausalLM(backbone), 4)
+    stream.compile(keras.optimizers.Adam(1e-3))
+    rows = DocumentRows(texts, 4, 64, steps_per_epoch=args.steps)
+    progress = SaveProgress(args.worker / "progress.safetensors", stream, rows, every=args.every)
+    progress.fit(args.epochs, callbacks=[Losses()], verbose=0)
+
+
+def start(args, backend, folder):
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    errors = process.communicate()[1]
+    if process.returncode:
+        raise SystemExit(errors[-4000:])
+
+
+def lines(folder):
+    path = folder / "losses"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def losses(folder):
+    """Pairs `(batch, loss)`; batches that were taken again after a kill stand twice."""
+    return [(int(number), float(loss)) for number, loss in map(str.split, lines(folder))]
+
+
+def main():
+    args = arguments()
+    if args.worker:
+        return worker(args)
+    rng, reports = np.random.default_rng(args.seed), []
+    for backend in args.backends.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+            whole.mkdir()
+            broken.mkdir()
+            finish(start(args, backend, whole))
+            expected, stops = dict(losses(whole)), []
+            for part in range(args.kills):
+                total = args.epochs * args.steps
+                stops.append(int(rng.integers(part * total // args.kills + 1, (part + 1) * total // args.kills)))
+                process = start(args, backend, broken)
+                while not lines(broken) or losses(broken)[-1][0] < stops[-1]:
+                    if process.poll() is not None:
+                        raise SystemExit(process.stderr.read()[-4000:])
+                    time.sleep(0.002)
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                stops[-1] = losses(broken)[-1][0]
+            finish(start(args, backend, broken))
+            found = losses(broken)
+        assert {number for number, _ in found} == set(expected), "batches were left out"
+        report = {
+            "backend": backend,
+            "batches": len(expected),
+            "killed_after_batch": stops,
+            "batches_taken_again": len(found) - len(expected),
+            "largest_difference": max(abs(loss - expected[number]) / expected[number] for number, loss in found),
+        }
+        reports.append(report)
+        print(json.dumps(report), flush=True)
+    if args.out:
+        import keras
+
+        result = {
+            "runs": reports,
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "versions": {"python": platform.python_version(), "keras": keras.__version__},
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

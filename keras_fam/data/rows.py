@@ -1,0 +1,222 @@
+"""Long documents as contiguous rows: what row b of one batch reads, row b of the next one goes on with.
+
+Shuffled pieces of text teach no memory (the paper calls it the curse of IID). Here a document stays in its row until
+it ends; a flag says where a row starts another, and training with carried state (`StreamingModel.fit`) does the rest.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_fam.data.resumable import ResumableDataset, check_shard
+
+_KEPT = 256  # places that are remembered, so that looking ahead or back costs little
+_TURN, _OFFSET, _END, _FRESH = range(4)  # columns of a place
+
+
+class Document(NamedTuple):
+    """A text to be read from its start to its end.
+
+    Attributes:
+        token_ids: int `[T]`, T ≥ 2.
+        weights: None (all 1), or float `[T]`: the loss weight of each token as something to be predicted. The first
+            one has no use, since nothing stands before it.
+    """
+
+    token_ids: Any
+    weights: Any = None
+
+
+class DocumentRows(ResumableDataset):
+    """Documents, dealt to the rows of successive batches.
+
+    ```python
+    rows = keras_fam.data.DocumentRows(books, batch_size=8, chunk_tokens=4 * block_size, steps_per_epoch=100)
+    stream = keras_fam.StreamingModel(lm, batch_size=8)
+    stream.fit(rows, epochs=10)
+    ```
+
+    A batch is `({"token_ids": int32 [B, C], "reset": bool [B]}, targets int32 [B, C], weights float32 [B, C])`. Targets
+    are the next tokens of the same document. The last chunk of a document is filled up with `pad_id` at weight 0, so
+    that every document starts at a chunk, and whole blocks stay whole.
+
+    The documents of every pass are shuffled anew and dealt one by one to all rows of all shards, so that each is read
+    once a pass, also where there are fewer documents than rows. A row that is through goes on with its next document.
+
+    Args:
+        documents: a sequence (`len` and `[i]`, so it may load from disk) of int `[T]` token ids or `Document`s.
+        batch_size: B, rows of this shard.
+        chunk_tokens: C, tokens of a row in a batch; whole blocks save work.
+        longest: None, or the tokens after which a row starts anew within a document. May be set later, at best
+            between epochs, as `keras_fam.training.Curriculum` does: it holds for what rows start from then on.
+        shuffle: whether the order of documents is drawn from `seed`, for each pass; else it is theirs.
+        seed: int.
+        shard: `(index, count)`: which of `count` processes this is. Together they read what one with B · count rows
+            would.
+        passes: None (no end), or how often the documents are read; rows that are through get padding at weight 0, and
+            `steps_per_epoch` is the number of batches until all are.
+        pad_id: id of the padding.
+        steps_per_epoch, **kwargs: see `ResumableDataset`.
+
+    Raises:
+        ValueError: for sizes below 1, no documents, or a document with fewer than 2 tokens (when it is read).
+    """
+
+    def __init__(
+        self,
+        documents,
+        batch_size,
+        chunk_tokens,
+        *,
+        longest=None,
+        shuffle=True,
+        seed=0,
+        shard=(0, 1),
+        passes=None,
+        pad_id=0,
+        steps_per_epoch=None,
+        **kwargs,
+    ):
+        super().__init__(steps_per_epoch, **kwargs)
+        for name, size in (("batch_size", batch_size), ("chunk_tokens", chunk_tokens), ("passes", passes or 1)):
+            if size < 1:
+                raise ValueError(f"`{name}` is at least 1; received {size}.")
+        if not len(documents):
+            raise ValueError("`documents` holds at least one document; received none.")
+        self.documents, self.batch_size, self.chunk_tokens = documents, batch_size, chunk_tokens
+        self.shuffle, self.seed, self.shard, self.passes, self.pad_id = (
+            shuffle,
+            seed,
+            check_shard(shard),
+            passes,
+            pad_id,
+        )
+        self._orders, self._opened, self._longest = {}, {}, longest
+        self._check_longest(longest)
+        self._places = {0: self._start()}
+        if passes is not None and steps_per_epoch is None:
+            number = 0
+            while (self._place_at(number)[:, _END] > 0).any():
+                number += 1
+            self.steps_per_epoch = max(number, 1)
+
+    @property
+    def longest(self):
+        return self._longest
+
+    @longest.setter
+    def longest(self, tokens):
+        self._check_longest(tokens)
+        place = self._place_at(self.position)
+        self._places, self._longest = {self.position: place}, tokens
+
+    def batch_at(self, number):
+        """Batch `number` since the start: any number, at the cost of the batches since one that was asked before."""
+        place = self._place_at(number)
+        shape = (self.batch_size, self.chunk_tokens)
+        tokens, targets = np.full(shape, self.pad_id, "int32"), np.full(shape, self.pad_id, "int32")
+        weights = np.zeros(shape, "float32")
+        for row, (turn, offset, end, _) in enumerate(place.tolist()):
+            stop = min(offset + self.chunk_tokens, end)
+            if stop <= offset:
+                continue
+            ids, own = self._open(self._index(turn))
+            size = stop - offset
+            tokens[row, :size], targets[row, :size] = ids[offset:stop], ids[offset + 1 : stop + 1]
+            weights[row, :size] = 1.0 if own is None else own[offset + 1 : stop + 1]
+        return {"token_ids": tokens, "reset": place[:, _FRESH] > 0}, targets, weights
+
+    def settings(self):
+        own = {"batch_size": self.batch_size, "chunk_tokens": self.chunk_tokens, "shuffle": self.shuffle}
+        own.update(seed=self.seed, shard=list(self.shard), passes=self.passes, documents=len(self.documents))
+        return {**super().settings(), **own}
+
+    def saved(self, number):
+        return {"longest": self._longest, "rows": self._place_at(number).tolist()}
+
+    def restore(self, number, saved):
+        self._longest = saved["longest"]
+        self._places = {int(number): np.array(saved["rows"], "int64")}
+
+    # Places -----------------------------------------------------------------------------------------------------
+
+    def _start(self):
+        first = self.shard[0] * self.batch_size
+        return np.array([self._open_turn(first + row) for row in range(self.batch_size)], "int64")
+
+    def _open_turn(self, turn):
+        """Place of a row at the start of the document that is dealt at `turn`; past the last pass it has none."""
+        if self.passes is not None and turn >= self.passes * len(self.documents):
+            return turn, 0, 0, 1
+        return turn, 0, self._piece_end(0, self._readable(turn)), 1
+
+    def _piece_end(self, offset, readable):
+        return readable if self._longest is None else min(readable, offset + self._longest)
+
+    def _place_at(self, number):
+        """int64 `[B, 4]` before batch `number`: the row's turn, tokens read, end of the piece, whether it starts."""
+        known = [at for at in list(self._places) if at <= number]
+        if not known:
+            raise ValueError(f"Batches from {min(self._places)} on are known since the place was loaded, not {number}.")
+        at = max(known)
+        place = self._places[at]
+        for step in range(at, number):
+            place = self._next(place)
+            self._places[step + 1] = place
+        if len(self._places) > _KEPT:
+            keep = {at for at in list(self._places) if at == self.position or at > number - _KEPT // 2}
+            self._places = {at: place for at, place in list(self._places.items()) if at in keep}
+        return place
+
+    def _next(self, place):
+        rows = self.batch_size * self.shard[1]
+        place = place.copy()
+        place[:, _OFFSET] = np.minimum(place[:, _OFFSET] + self.chunk_tokens, place[:, _END])
+        place[:, _FRESH] = place[:, _END] == 0  # rows without a document start anew all the time
+        for row in np.flatnonzero((place[:, _OFFSET] == place[:, _END]) & (place[:, _END] > 0)):
+            turn, offset = place[row, _TURN], place[row, _OFFSET]
+            readable = self._readable(turn)
+            if offset < readable:
+                place[row] = turn, offset, self._piece_end(offset, readable), 1
+            else:
+                place[row] = self._open_turn(int(turn) + rows)
+        return place
+
+    # Documents --------------------------------------------------------------------------------------------------
+
+    def _index(self, turn):
+        """Number of the document that is dealt at `turn`."""
+        a_pass, index = divmod(int(turn), len(self.documents))
+        if not self.shuffle:
+            return index
+        if a_pass not in self._orders:
+            if len(self._orders) > _KEPT:
+                self._orders.clear()
+            self._orders[a_pass] = np.random.default_rng([self.seed, a_pass]).permutation(len(self.documents))
+        return int(self._orders[a_pass][index])
+
+    def _readable(self, turn):
+        """Tokens that have a next one."""
+        return len(self._open(self._index(turn))[0]) - 1
+
+    def _open(self, index):
+        """`(ids, weights or None)` of a document; those of the last few are kept."""
+        found = self._opened.get(index)
+        if found is None:
+            document = self.documents[index]
+            ids, weights = document if isinstance(document, Document) else (document, None)
+            ids, weights = np.asarray(ids), None if weights is None else np.asarray(weights, "float32")
+            if ids.ndim != 1 or len(ids) < 2 or (weights is not None and weights.shape != ids.shape):
+                raise ValueError(
+                    f"A document is at least 2 token ids [T], and weights [T] if any; received shape {ids.shape}"
+                    f"{'' if weights is None else f' and {weights.shape}'} for number {index}. Leave it out."
+                )
+            if len(self._opened) > 2 * self.batch_size:
+                self._opened.clear()
+            found = self._opened[index] = (ids, weights)
+        return found
+
+    @staticmethod
+    def _check_longest(tokens):
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"`longest` is None or a number of tokens; received {tokens}.")

@@ -1,0 +1,98 @@
+"""A long input in steps of whole blocks: memory for one step at a time, forwards and backwards.
+
+With `remat` only the states at the steps' boundaries are kept in training: backwards, each step is computed again from
+the state that it started with (Sec. 3.1 takes such checkpoints for granted).
+"""
+
+import keras
+from keras import ops
+
+from keras_fam.ops.backend import remat
+from keras_fam.ops.dropout import fold
+from keras_fam.ops.scan import scan
+
+DEFAULT_BLOCKS = 4
+
+
+def step_blocks(model):
+    """Blocks in a step of a backbone, or None if it takes all at once."""
+    stepped = model.remat or model.backpropagation_steps is not None
+    return model.blocks_per_step or (DEFAULT_BLOCKS if stepped else None)
+
+
+def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training=False, keep_state=True):
+    """`_advance_layers` of a backbone for rows that stand at the start of a block, `size` tokens at a time.
+
+    Args:
+        model: a `TransformerFAMBackbone`.
+        x: `[B, T, D]` embeddings, T > `size`.
+        state: `StreamState`.
+        size: tokens in a step, whole blocks.
+        lengths, seed, keep_state: see `advance_layer` in `layers/reading.py`.
+        training: whether gradients will be asked for.
+
+    Returns:
+        `([B, T, D], state)`.
+    """
+    length, every = x.shape[1], model.backpropagation_steps if training else None
+    num_steps = length // size
+    whole = ops.reshape(x[:, : num_steps * size], (-1, num_steps, size, x.shape[-1]))
+    xs = {"x": ops.moveaxis(whole, 1, 0)}
+    index = ops.arange(num_steps, dtype="int32")
+    if lengths is not None:
+        xs["lengths"] = ops.clip(ops.expand_dims(lengths, 0) - ops.expand_dims(index * size, 1), 0, size)
+    if seed is not None:
+        xs["seed"] = fold(seed, 1 + 4096 * model.num_layers * index)
+    if every:
+        xs["cut"] = ops.logical_and(ops.mod(index, every) == 0, index > 0)
+    # Rows that fill whole blocks have no unfinished one to carry.
+    spare = model.block_size if lengths is None else 0
+
+    def body(state, given):
+        if every:
+            state = cut(given["cut"], state)
+        y, state = model._advance_layers(
+            given["x"], unpack(state, spare), start="boundary", lengths=given.get("lengths"), seed=given.get("seed")
+        )
+        return pack(state, spare), (y,)
+
+    if model.remat and training:
+        body = remat(body, model.trainable_variables)
+    state, (ys,) = scan(body, pack(state, spare), xs, (xs["x"][0],))
+    state = unpack(state, spare)
+    y = ops.reshape(ops.moveaxis(ys, 0, 1), (-1, num_steps * size, x.shape[-1]))
+    if not length % size:
+        return y, state
+    if every and num_steps % every == 0:
+        state = keras.tree.map_structure(ops.stop_gradient, state)
+    rest = None if lengths is None else ops.maximum(lengths - num_steps * size, 0)
+    last, state = model._advance_layers(
+        x[:, num_steps * size :], state, start="boundary", lengths=rest, seed=seed, keep_state=keep_state
+    )
+    return ops.concatenate([y, last], axis=1), state
+
+
+def cut(where, state):
+    """`state`, through which no gradient passes if the bool scalar `where` holds."""
+
+    def part(x):
+        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+            return x
+        return ops.where(where, ops.stop_gradient(x), x)
+
+    return keras.tree.map_structure(part, state)
+
+
+def pack(state, spare):
+    """A state without the last `spare` slots of its keys and values, those of the unfinished block."""
+    return _keys(state, lambda x: x[:, : x.shape[1] - spare]) if spare else state
+
+
+def unpack(state, spare):
+    """A state with `spare` empty slots at the end of its keys and values: what `pack` took away at a boundary."""
+    return _keys(state, lambda x: ops.pad(x, [[0, 0], [0, spare], [0, 0], [0, 0]])) if spare else state
+
+
+def _keys(state, change):
+    layers = tuple(layer._replace(key=change(layer.key), value=change(layer.value)) for layer in state.layers)
+    return state._replace(layers=layers)

@@ -1,0 +1,76 @@
+"""Long inputs in steps: gradients at low memory are the plain ones, and truncation cuts where it says."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from support import gradients, relative
+
+import keras_fam
+
+V, S, BLOCKS = 11, 4, 5
+TOKENS = np.random.default_rng(0).integers(0, V, (2, BLOCKS * S)).astype("int32")
+PROBE = np.random.default_rng(1).normal(size=(2, BLOCKS * S, V)).astype("float32")
+GRADIENT = 1e-5  # of gradients at low memory from plain ones, relative
+
+
+def make_lm(**settings):
+    keras.utils.set_random_seed(0)
+    sizes = {"block_size": S, "memory_segments": 1, "fam_length": 2, **settings}
+    lm = keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(V, 1, 8, 2, 16, **sizes))
+    lm.build()
+    return lm
+
+
+def gradients_of(lm, call):
+    return gradients(lambda: ops.sum(call(lm) * ops.convert_to_tensor(PROBE)), lm.trainable_variables)
+
+
+def whole(lm):
+    return lm(TOKENS, training=True)
+
+
+@functools.cache
+def plain_gradients(**form):
+    return gradients_of(make_lm(**form), whole)
+
+
+def agree(found, expected, lm):
+    for variable, one, other in zip(lm.trainable_variables, found, expected, strict=True):
+        assert relative(one, other) <= GRADIENT, (keras.backend.backend(), variable.path)
+
+
+@pytest.mark.parametrize("blocks, form", [(2, {}), (1, {"memory_segments": 0, "initial_fam": "summary"})])
+def test_gradients_at_low_memory_are_the_plain_ones(blocks, form):
+    """Steps of 2 blocks with a rest of 1 block, and steps of 1 block, replayed backwards."""
+    lm = make_lm(**form, remat=True, blocks_per_step=blocks)
+    agree(gradients_of(lm, whole), plain_gradients(**form), lm)
+
+
+def test_truncated_back_propagation():
+    """Gradients are those of chunks of 2 steps whose states are detached between them, for the rest as well."""
+    lm = make_lm(blocks_per_step=1, backpropagation_steps=2, remat=True)
+
+    def in_chunks(lm):
+        state, outputs = lm.get_initial_state(2), []
+        for first in range(0, BLOCKS * S, 2 * S):
+            state = keras.tree.map_structure(ops.stop_gradient, state) if first else state
+            part, state = lm.advance(TOKENS[:, first : first + 2 * S], state, aligned=True)
+            outputs.append(part)
+        return ops.concatenate(outputs, axis=1)
+
+    found = gradients_of(lm, whole)
+    agree(found, gradients_of(lm, in_chunks), lm)
+    assert max(relative(a, b) for a, b in zip(found, plain_gradients(), strict=True)) > 1e-2
+    again = type(lm).from_config(lm.get_config()).backbone
+    assert (again.backpropagation_steps, again.blocks_per_step, again.remat) == (2, 1, True)
+
+
+def test_truncation_needs_whole_blocks():
+    lm = make_lm(blocks_per_step=2, backpropagation_steps=1)
+    with pytest.raises(ValueError, match="whole blocks"):
+        lm(TOKENS, initial_state=lm.get_initial_state(2), training=True)
+    with pytest.raises(ValueError, match="`backpropagation_steps`"):
+        make_lm(backpropagation_steps=0)
