@@ -2,6 +2,7 @@
 
 from keras_fam import hub
 from keras_fam.checks import check_streaming
+from keras_fam.evaluation import MemoryMonitor, StreamScorer, evaluate, knock_out, memory_statistics
 from keras_fam.export import export_serving
 from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
@@ -17,14 +18,19 @@ __all__ = [
     "Cursor",
     "FeedbackAttention",
     "LayerState",
+    "MemoryMonitor",
     "RandomStatePassing",
+    "StreamScorer",
     "StreamState",
     "StreamingModel",
     "TransformerFAMBackbone",
     "TransformerFAMBlock",
     "TransformerFAMCausalLM",
     "check_streaming",
+    "evaluate",
     "export_serving",
     "hub",
+    "knock_out",
+    "memory_statistics",
     "preset",
 ]

@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
     *("ops.backend", "state", "ops", "layers", "session_file", "sessions", "sampling", "generation", "carried"),
-    *("streaming", "completion", "models", "data", "checks", "export", "hub", ""),
+    *("streaming", "completion", "models", "data", "checks", "evaluation", "visualize", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}
