@@ -118,7 +118,7 @@ def plot_masks(block_size: int = 8, num_blocks: int = 4, systems=SYSTEMS):
     """Fig. 1: the masks of each system, drawn from `masks`. Returns a matplotlib figure."""
     pyplot = _pyplot()
     found = masks(block_size, num_blocks, systems)
-    figure, axes = pyplot.subplots(1, len(found), figsize=(3.1 * len(found), 3.7), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(found), figsize=(3.0 * len(found), 4.2), layout="constrained")
     colors = np.array([[255, 255, 255], [66, 114, 176], [221, 132, 42], [85, 160, 104]], "uint8")
     for axis, (name, (seen, is_memory)) in zip(np.atleast_1d(axes), found.items(), strict=True):
         kind = np.where(is_memory[:, None], 3, np.where(is_memory[None], 2, 1))

@@ -172,7 +172,8 @@ def test_memory_monitor():
     lm.compile(keras.optimizers.Adam(0.01))
     monitor = keras_fam.MemoryMonitor(TOKENS[:, :8])
     before = keras_fam.memory_statistics(lm, TOKENS[:, :8])
-    history = lm.fit(TOKENS, np.roll(TOKENS, -1, 1), epochs=2, verbose=0, callbacks=[monitor]).history
+    tokens = TOKENS[:, :8]
+    history = lm.fit(tokens, np.roll(tokens, -1, 1), epochs=2, verbose=0, callbacks=[monitor]).history
     assert [seen["step"] for seen in monitor.history] == [1, 2]
     after = keras_fam.memory_statistics(lm, TOKENS[:, :8])
     assert monitor.history[-1]["statistics"] == after != before
