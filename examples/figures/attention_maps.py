@@ -15,7 +15,6 @@ import passkey_systems as systems  # reads the options and chooses the backend
 
 import keras_fam
 from keras_fam import visualize
-from keras_fam.data import PassKey
 
 ARGS, NAME, SHOWN_BLOCKS, LONG_BLOCKS = systems.ARGS, "FAM_N", 6, 528
 
@@ -33,7 +32,7 @@ def marked_text(task, blocks):
 
 def main():
     ARGS.out.mkdir(parents=True, exist_ok=True)
-    task = PassKey(digits=ARGS.digits, vocabulary_size=ARGS.vocabulary, seed=ARGS.seed)
+    task = systems.make_task()
     path = ARGS.out / f"{NAME}.keras"
     if not path.exists():
         systems.run(NAME, task)
