@@ -30,7 +30,7 @@ SYSTEMS = {
     "FAM_N": ("FAM, normalized", {"fam_feedback": "normalized"}),
     "RMT_N": ("RMT, normalized", {"fam_recurrence": "stack", "fam_feedback": "normalized"}),
 }
-BLOCKS = [2, 3, 4, 5, 6, 8, 11, 17, 33, 65, 129, 257]  # lengths of the texts asked about
+BLOCKS = [3, 4, 5, 6, 8, 11, 17, 33, 65, 129, 257]  # lengths of the texts asked about
 ROWS = 64
 MACHINE = f"{platform.machine()}, {os.cpu_count()} cores"
 
