@@ -30,13 +30,20 @@ SYSTEMS = {
     "FAM_N": ("FAM, normalized", {"fam_feedback": "normalized"}),
     "RMT_N": ("RMT, normalized", {"fam_recurrence": "stack", "fam_feedback": "normalized"}),
 }
-BLOCKS = [3, 4, 5, 6, 8, 11, 17, 33, 65, 129, 257]  # lengths of the texts asked about
 ROWS = 64
 MACHINE = f"{platform.machine()}, {os.cpu_count()} cores"
 
 parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS))
+parser.add_argument(
+    "--lengths",
+    type=int,
+    nargs="+",
+    default=[3, 4, 5, 6, 8, 11, 17, 33, 65, 129, 257, 528],
+    help="blocks in the texts read",
+)
 OWN, rest = parser.parse_known_args()
+COMMAND, BLOCKS = " ".join(["python examples/figures/passkey_systems.py", *sys.argv[1:]]), OWN.lengths
 sys.argv = [sys.argv[0], *rest]
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -78,7 +85,7 @@ def run(name, task):
     if attention.fam_length:
         short = [count for count in BLOCKS if count in (8, 17, 33)]
         result["knock_outs"] = {how: exact(model, task, short, how) for how in KNOCK_OUTS}
-    return {**result, "training_seconds": seconds, "seconds": time.perf_counter() - started}
+    return {**result, "command": COMMAND, "training_seconds": seconds, "seconds": time.perf_counter() - started}
 
 
 def plot(found, path):
@@ -117,7 +124,6 @@ def main():
     path = ARGS.out / "passkey_systems.json"
     found = json.loads(path.read_text()) if path.exists() else {"systems": {}}
     found |= {
-        "command": "python examples/figures/passkey_systems.py " + " ".join(rest),
         "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(ARGS).items()},
         "machine": MACHINE,
         "layers": ARGS.layers,
