@@ -2,6 +2,7 @@
 
 from keras_fam import data, hub, training
 from keras_fam.checks import check_streaming
+from keras_fam.evaluation import MemoryMonitor, StreamScorer, evaluate, knock_out, memory_statistics
 from keras_fam.export import export_serving
 from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
@@ -18,8 +19,10 @@ __all__ = [
     "Cursor",
     "FeedbackAttention",
     "LayerState",
+    "MemoryMonitor",
     "Ramp",
     "RandomStatePassing",
+    "StreamScorer",
     "StreamState",
     "StreamingModel",
     "TransformerFAMBackbone",
@@ -27,9 +30,12 @@ __all__ = [
     "TransformerFAMCausalLM",
     "check_streaming",
     "data",
+    "evaluate",
     "export_serving",
     "hub",
+    "knock_out",
     "layout_map",
+    "memory_statistics",
     "preset",
     "training",
 ]

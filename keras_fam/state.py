@@ -46,6 +46,9 @@ class LayerState(NamedTuple):
         fam_key: `[B, P·F, K, H]`, keys of the visible memories, newest first, rotated for the block being filled.
         fam_value: `[B, P·F, K, H]`, their values.
         static_fam: float32 `[B, F, D]`, only for `fam_query="static"`: the rows whose query compresses every block.
+        output_key: `[B, S, K, H]`, only for `segment_source="outputs"`: keys of the outputs in the unfinished block.
+            `key` then holds keys of outputs in its first m·S slots.
+        output_value: `[B, S, K, H]`, their values.
     """
 
     key: Any
@@ -54,6 +57,8 @@ class LayerState(NamedTuple):
     fam_key: Any = ()
     fam_value: Any = ()
     static_fam: Any = ()
+    output_key: Any = ()
+    output_value: Any = ()
 
 
 class StreamState(NamedTuple):

@@ -18,6 +18,7 @@ SPLIT_GRADIENT = 1e-4
 SMALL = {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_dim": 24, "block_size": 4,
          "memory_segments": 1, "fam_length": 3}  # fmt: skip
 HIDDEN_DIM = 12
+TINY_VOCABULARY = 11
 
 # Every system of the paper and every setting of the layer, by name.
 VARIANTS = {
@@ -96,6 +97,18 @@ def make(variant=None, dtype="float32", seed=0, hidden_dim=HIDDEN_DIM, **setting
     block.build((None, None, hidden_dim))
     set_weights(block, weights, fam0)
     return block, weights, cfg, fam0
+
+
+def tiny(num_layers=1, seed=0, **changes):
+    """A small language model (blocks of 4 tokens) with embeddings large enough that memories differ."""
+    keras.utils.set_random_seed(seed)
+    settings = {"block_size": 4, "memory_segments": 1, "fam_length": 3, **changes}
+    backbone = keras_fam.TransformerFAMBackbone(TINY_VOCABULARY, num_layers, 8, 2, 12, **settings)
+    lm = keras_fam.TransformerFAMCausalLM(backbone)
+    lm.build()
+    table = np.random.default_rng(seed).normal(size=(TINY_VOCABULARY, 8))
+    lm.backbone.token_embedding.embeddings.assign(table)
+    return lm
 
 
 def variables_by_name(block):

@@ -49,6 +49,11 @@ class FeedbackAttention(StreamingLayer):
         fam_feedback: `"residual"` feeds F_τ back as it comes (the paper); `"normalized"` divides each row by its RMS.
         fam_noise: standard deviation of Gaussian noise on every new memory in training, relative to each row's RMS (an
             addition of this project: a memory that survives noise keeps what it holds for longer).
+        fam_recurrence: `"layer"`: a layer's memory feeds back into the same layer (Alg. 2); `"stack"`: the rows ride
+            up the whole stack with their block, and what the top layer writes is the bottom layer's input one block
+            later (RMT, Fig. 7). `"stack"` needs a `TransformerFAMBackbone`.
+        segment_source: what the memory segments hold: keys and values of the layer's `"inputs"` (BSWA), or of its
+            `"outputs"` (FM, feedback memory segments, App. C.2). `"outputs"` reads one block after the other.
         stop_memory_gradient: whether gradients stop at the memory segments (the ablation M1_SG).
         rope_wavelength: base of RoPE; None for no rotation.
         rope_scaling: None or a dict, see `keras_fam.ops.positions.inverse_wavelengths`.
@@ -71,8 +76,8 @@ class FeedbackAttention(StreamingLayer):
     SETTINGS = (
         "num_query_heads", "head_dim", "num_key_value_heads", "block_size", "memory_segments", "fam_length",
         "attention_window", "num_visible_memories", "initial_fam", "own_initial_fam", "fam_position",
-        "fam_query_position", "fam_query", "fam_feedback", "fam_noise", "stop_memory_gradient", "rope_wavelength",
-        "rope_scaling",
+        "fam_query_position", "fam_query", "fam_feedback", "fam_noise", "fam_recurrence", "segment_source",
+        "stop_memory_gradient", "rope_wavelength", "rope_scaling",
         "attention_scale", "attention_softcap", "use_attention_bias", "use_output_bias", "use_query_key_norm",
         "query_key_norm", "query_key_norm_epsilon",
     )  # fmt: skip
@@ -95,6 +100,8 @@ class FeedbackAttention(StreamingLayer):
         fam_query: str = "feedback",
         fam_feedback: str = "residual",
         fam_noise: float = 0.0,
+        fam_recurrence: str = "layer",
+        segment_source: str = "inputs",
         stop_memory_gradient: bool = False,
         rope_wavelength: float | None = 10_000.0,
         rope_scaling: dict | None = None,
@@ -183,11 +190,16 @@ class FeedbackAttention(StreamingLayer):
         B, F, P = batch_size, self.fam_length, self.num_visible_memories
         heads = (self.num_key_value_heads, self.head_dim)
         slots = Spec((B, (self.memory_segments + 1) * self.block_size, *heads), self.compute_dtype)
+        state = LayerState(slots, slots)
+        if self.segment_source == "outputs":
+            own = Spec((B, self.block_size, *heads), self.compute_dtype)
+            state = state._replace(output_key=own, output_value=own)
         if not F:
-            return LayerState(slots, slots)
+            return state
         fam = Spec((B, F, self.hidden_dim), self.memory_dtype)
         projected = Spec((B, P * F, *heads), self.compute_dtype)
-        return LayerState(slots, slots, fam, projected, projected, fam if self.fam_query == "static" else ())
+        static = fam if self.fam_query == "static" else ()
+        return state._replace(fam=fam, fam_key=projected, fam_value=projected, static_fam=static)
 
     def state_spec(self, batch_size=None):
         """`StreamState` of `Spec`s (shape and dtype), for `batch_size` rows."""
@@ -221,10 +233,15 @@ class FeedbackAttention(StreamingLayer):
         """
 
         def fill(spec):
-            return ops.zeros(spec.shape, spec.dtype)
+            return ops.zeros(spec.shape, spec.dtype) if spec else ()
 
         spec = self.layer_state_spec(batch_size)
-        empty = LayerState(fill(spec.key), fill(spec.value))
+        empty = LayerState(
+            fill(spec.key),
+            fill(spec.value),
+            output_key=fill(spec.output_key),
+            output_value=fill(spec.output_value),
+        )
         if not self.fam_length:
             return empty
         if fam is None:

@@ -40,9 +40,10 @@ class TransformerFAMBlock(StreamingLayer):
         kernel_initializer: initializer of all kernels.
         **attention: every other setting of `FeedbackAttention`: `num_key_value_heads`, `block_size`,
             `memory_segments`, `fam_length`, `attention_window`, `num_visible_memories`, `initial_fam`, `fam_position`,
-            `fam_query_position`, `fam_query`, `fam_feedback`, `fam_noise`, `stop_memory_gradient`, `rope_wavelength`,
-            `rope_scaling`, `attention_scale`, `attention_softcap`, `use_attention_bias`, `use_output_bias`,
-            `use_query_key_norm`, `query_key_norm`, `query_key_norm_epsilon`; and Keras' `name`, `dtype`, `trainable`.
+            `fam_query_position`, `fam_query`, `fam_feedback`, `fam_noise`, `fam_recurrence`, `segment_source`,
+            `stop_memory_gradient`, `rope_wavelength`, `rope_scaling`, `attention_scale`, `attention_softcap`,
+            `use_attention_bias`, `use_output_bias`, `use_query_key_norm`, `query_key_norm`,
+            `query_key_norm_epsilon`; and Keras' `name`, `dtype`, `trainable`.
 
     Calls: `y = block(x)`, `y, state = block(x, padding_mask=..., initial_state=..., return_state=True)`, and the pure
     `y, state = block.advance(x, state)`; see `StreamingLayer`.

@@ -65,6 +65,8 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
     """
     norm, write, seed = hooks.norm, hooks.write, hooks.seed
     num_updates, num_blocks = plan.num_updates, plan.num_blocks
+    if layer.fam_recurrence == "stack":
+        return _write_with_stack(layer, state, keys, values, completed, plan, hooks, rider)
     S, P = layer.block_size, layer.num_visible_memories
     start = ops.cast(cursor.block_index, layer.memory_dtype) * S + ops.cast(cursor.position_offset, layer.memory_dtype)
     first, static = _first_memory(layer, state, cursor, rider, norm, start)
@@ -141,6 +143,20 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
     return Written(*reads, state, rider)
 
 
+def _write_with_stack(layer, state, keys, values, completed, plan, hooks, rider):
+    """`write_memories` where the memory belongs to the whole stack: the backbone reads block by block, so the first
+    block is the only one that the call can fill."""
+
+    def ride():
+        return ride_up(layer, state, keys[:, 0], values[:, 0], hooks, rider)
+
+    read = (ops.repeat(ops.expand_dims(part, 1), plan.num_blocks, axis=1) for part in (state.fam_key, state.fam_value))
+    if plan.num_updates:
+        decoding = plan.in_slots and plan.num_blocks == 1  # mostly, no block is filled
+        rider = branch(ops.any(completed > 0), ride, lambda: rider) if decoding else ride()
+    return Written(*read, state, rider)
+
+
 def _first_memory(layer, state, cursor, rider, norm, start):
     """`((fam, key, value), static)` at the start of the call: the state's, or the rider's for rows that start anew."""
     memory = (state.fam, state.fam_key, state.fam_value)
@@ -166,13 +182,52 @@ def _update(layer, memory, x, static, norm, write, project):
     key = ops.concatenate([memory.key, x["key"]], axis=1)
     value = ops.concatenate([memory.value, x["value"]], axis=1)
     attended = layer.project_output(attend(memory.query, key, value, mask, layer.attention_softcap))
-    fam = write(attended, memory.residual, x.get("seed"))
+    seed = x.get("seed")
+    fam = fed_back(layer, write(attended, memory.residual, seed), fold(seed, 3))
+    return _read_for_next_block(layer, memory, fam, static, norm, project, x.get("start"))
+
+
+def fed_back(layer, fam, seed=None):
+    """What the next block gets of a memory `[B, F, D]` that was written: normalised and disturbed if settings say so.
+
+    Args:
+        layer: the `FeedbackAttention`.
+        fam: the memory.
+        seed: None, or an integer tensor `[2]` for noise.
+    """
     if layer.fam_feedback == "normalized":
         fam = fam * ops.rsqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True) + RMS_EPSILON)
-    if layer.fam_noise and "seed" in x:
+    if layer.fam_noise and seed is not None:
         size = layer.fam_noise * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
-        fam = fam + size * noise(ops.shape(fam), fam.dtype, fold(x["seed"], 3))
-    return _read_for_next_block(layer, memory, fam, static, norm, project, x.get("start"))
+        fam = fam + size * noise(ops.shape(fam), fam.dtype, seed)
+    return fam
+
+
+def ride_up(layer, state, key, value, hooks, rider):
+    """One layer's part of writing the memory of a whole stack (`fam_recurrence="stack"`, RMT).
+
+    The rows that the layer below wrote attend to the rows that this block's tokens read, to one another and to the
+    whole block, never to the memory segments. They stand at the last F places of the block.
+
+    Args:
+        layer: the `FeedbackAttention`.
+        state: `LayerState` of B rows.
+        key: `[B, S, K, H]`, keys of a complete block, rotated by place in block.
+        value: `[B, S, K, H]`.
+        hooks: `Hooks`.
+        rider: `[B, F, D]`, the rows from the layer below; for the bottom layer, the memory that was fed back.
+
+    Returns:
+        `[B, F, D]`, the rows for the layer above.
+    """
+    table = layer.positions.tokens(ops.arange(layer.block_size - layer.fam_length, layer.block_size, dtype="int32"))
+    normed = hooks.norm(rider)
+    query = rotate(layer.project_query(normed), table)
+    own_key, own_value = layer.project_key_value(normed)
+    key = ops.concatenate([state.fam_key, rotate(own_key, table), key], axis=1)
+    value = ops.concatenate([state.fam_value, own_value, value], axis=1)
+    attended = layer.project_output(attend(query, key, value, None, layer.attention_softcap))
+    return hooks.write(attended, rider, fold(hooks.seed, 2))
 
 
 def _read_for_next_block(layer, memory, fam, static, norm, project, start):

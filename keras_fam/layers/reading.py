@@ -2,7 +2,8 @@
 
 1. Project all tokens, rotate them by their place in their block, and lay keys and values out in blocks.
 2. Scan over the completed blocks, memory rows only (`feedback.py`).
-3. Attend for all tokens at once: memories, memory segments, own block.
+3. Attend for all tokens at once: memories, memory segments, own block (block by block where the segments hold outputs,
+   `output_segments.py`).
 4. Keep the last keys for the next call.
 
 Axes: B rows, T tokens, S block, n blocks in the call, m segments, F memory rows, P visible memories.
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_fam.layers.feedback import write_memories
+from keras_fam.layers.output_segments import keep_outputs, lay_out_outputs, read_in_turn
 from keras_fam.ops import blocks as block_ops
 from keras_fam.ops import rows as row_ops
 from keras_fam.ops import visibility
@@ -107,6 +109,10 @@ def advance_layer(layer, x, state, cursor, hooks, *, start, lengths=None, rider=
     S, m = layer.block_size, layer.memory_segments
     length = ops.shape(x)[1]
     plan = _plan(length, layer, cursor, start, keep_state)
+    if (
+        layer.segment_source == "outputs" and plan.in_slots and plan.num_blocks > 1
+    ):  # a block needs the outputs of the one before
+        plan = plan._replace(in_slots=False)
     taken = length if lengths is None else lengths
     _, completed = advance_cursor(cursor, taken, S, layer.max_memories)
     real = None
@@ -144,19 +150,28 @@ def advance_layer(layer, x, state, cursor, hooks, *, start, lengths=None, rider=
             rider=rider,
         )
         memory_key, memory_value, state, rider = written
-    read = _read_slots if plan.in_slots else _read_blocks
-    attended = read(layer, plan, query, keys, values, memory_key, memory_value, cursor)
-    y = hooks.transform(layer.project_output(attended), x, hooks.seed)
+    outputs, one_token = None, plan.in_slots and plan.num_blocks == 1
+    if layer.segment_source == "outputs" and not one_token:
+        tokens = (x, query, keys, values, memory_key, memory_value)
+        y, *outputs = read_in_turn(layer, plan, tokens, state, cursor, taken, hooks, _read_blocks)
+    else:
+        read = _read_slots if plan.in_slots else _read_blocks
+        attended = read(layer, plan, query, keys, values, memory_key, memory_value, cursor)
+        y = hooks.transform(layer.project_output(attended), x, hooks.seed)
     if not keep_state:
         return y, None, rider
 
     if every_row_equal(plan, lengths, length):
         completed = length // S
+    if layer.segment_source == "outputs":
+        if outputs is None:
+            outputs = lay_out_outputs(layer, y, table, state, cursor, taken, hooks)
+        return y, keep_outputs(layer, state, keys, values, outputs, completed), rider
 
     def shifted():
         return tuple(block_ops.keep_last(part, completed, m) for part in (keys, values))
 
-    if plan.in_slots and plan.num_blocks == 1:  # one token: mostly, no block is filled and nothing moves
+    if one_token:  # mostly, no block is filled and nothing moves
         key, value = branch(ops.any(completed > 0), shifted, lambda: tuple(map(block_ops.to_slots, (keys, values))))
     else:
         key, value = shifted()

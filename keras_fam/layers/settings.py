@@ -4,6 +4,8 @@ FAM_POSITIONS = ("last", "float", "zero")
 FAM_QUERY_POSITIONS = ("previous", "current")
 FAM_QUERIES = ("feedback", "static")
 FAM_FEEDBACKS = ("residual", "normalized")
+FAM_RECURRENCES = ("layer", "stack")
+SEGMENT_SOURCES = ("inputs", "outputs")
 INITIAL_FAMS = ("prompt", "prefix", "summary")
 NORMS = ("rms_norm", "offset_rms_norm", "layer_norm")
 QUERY_KEY_NORMS = ("rms_norm", "offset_rms_norm")
@@ -55,8 +57,33 @@ def check_attention_settings(layer):
     require_one_of("fam_query_position", layer.fam_query_position, FAM_QUERY_POSITIONS)
     require_one_of("fam_query", layer.fam_query, FAM_QUERIES)
     require_one_of("fam_feedback", layer.fam_feedback, FAM_FEEDBACKS)
+    require_one_of("fam_recurrence", layer.fam_recurrence, FAM_RECURRENCES)
+    require_one_of("segment_source", layer.segment_source, SEGMENT_SOURCES)
     require_one_of("query_key_norm", layer.query_key_norm, QUERY_KEY_NORMS)
     require_positive("fam_noise", layer.fam_noise, zero=True)
     for name in ("attention_scale", "attention_softcap"):
         if getattr(layer, name) is not None:
             require_positive(name, getattr(layer, name))
+    if layer.segment_source == "outputs" and not layer.memory_segments:
+        raise ValueError(
+            '`segment_source="outputs"` says what the memory segments hold, so there is at least one; received '
+            "memory_segments=0. Take more segments, or leave the setting out."
+        )
+    if layer.fam_length and layer.fam_recurrence == "stack":
+        _check_stack(layer)
+
+
+def _check_stack(layer):
+    """The memory of RMT belongs to a stack of layers, and has one form."""
+    if layer.own_initial_fam:
+        raise ValueError(
+            '`fam_recurrence="stack"` feeds the top layer\'s memory to the bottom layer, so a model holds the layers; '
+            "received a layer that stands alone. Use a `TransformerFAMBackbone` with this setting."
+        )
+    needed = {"initial_fam": "prompt", "fam_query": "feedback", "fam_position": "last", "num_visible_memories": 1}
+    for name, value in needed.items():
+        if getattr(layer, name) != value:
+            raise ValueError(
+                f'`fam_recurrence="stack"` (RMT) has `{name}={value!r}`; received {getattr(layer, name)!r}. Leave the '
+                'setting out, or take `fam_recurrence="layer"`.'
+            )

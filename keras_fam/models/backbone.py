@@ -13,6 +13,7 @@ from keras_fam.layers.settings import require_positive, require_whole
 from keras_fam.models.layout import layout_map
 from keras_fam.models.lora import LoRA
 from keras_fam.models.preset_folder import load_backbone, save_to_preset
+from keras_fam.models.recurrent_memory import advance_in_turn, feed_to_bottom
 from keras_fam.models.starting_state import starting_state
 from keras_fam.models.steps import advance_in_steps, step_blocks
 from keras_fam.models.streaming_call import StreamingModelMixin
@@ -168,12 +169,13 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             for i in range(num_layers)
         ]
         first = self.blocks[0].attention
-        sizes = ("block_size", "fam_length", "initial_fam", "num_visible_memories")
+        sizes = ("block_size", "fam_length", "initial_fam", "num_visible_memories", "fam_recurrence")
         for i, layer in enumerate(self.blocks):
             for key in sizes:
                 if getattr(layer.attention, key) != getattr(first, key):
                     raise ValueError(f"`{key}` is the same in all layers; layer_settings[{i}] changes it.")
         self.block_size, self.fam_length = first.block_size, first.fam_length
+        self.feeds_stack = bool(first.fam_length) and first.fam_recurrence == "stack"
         self.final_norm = self.blocks[0].make_norm("final_norm")
         self.random_state_passing = None
         if random_state_passing and self.fam_length:
@@ -283,6 +285,11 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             seed = self.seed_generator.next()
         x = self.embed(token_ids)
         length, step = x.shape[1], step_blocks(self)
+        if self.feeds_stack:  # a block needs what the top layer wrote one block before
+            step = 1
+            if length is None or (start == "anywhere" and length > 1):
+                x, state = advance_in_turn(self, x, state, start=start, lengths=lengths, seed=seed)
+                return self._finish(x), state
         size = None if step is None else step * self.block_size
         if size is None or length is None or length <= size or start == "anywhere":
             if training and self.backpropagation_steps and start == "anywhere" and not (length and length <= size):
@@ -302,6 +309,8 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         rider = None
         if self.fam_length and self.initial_fam == "summary":
             rider = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
+        elif self.feeds_stack:
+            rider = state.layers[0].fam
         layers = []
         for i, block in enumerate(self.blocks):
             x, layer, rider = block.advance_layer(
@@ -319,7 +328,9 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         if not keep_state:
             return x, None
         taken = ops.shape(x)[1] if lengths is None else lengths
-        cursor, _ = advance_cursor(state.cursor, taken, self.block_size, self.blocks[0].attention.max_memories)
+        cursor, completed = advance_cursor(state.cursor, taken, self.block_size, self.blocks[0].attention.max_memories)
+        if self.feeds_stack:
+            layers = feed_to_bottom(self, layers, rider, completed, seed)
         return x, shard_state(StreamState(cursor, tuple(layers)))
 
     @staticmethod

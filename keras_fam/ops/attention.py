@@ -3,10 +3,28 @@
 Shapes: Q query rows, W keys, N query heads, K key/value heads, G = N // K, H head width.
 """
 
+import contextlib
+
 import keras
 from keras import ops
 
 from keras_fam.ops.positions import rotate
+
+_records = []  # lists that `record_attention` has opened
+
+
+@contextlib.contextmanager
+def record_attention():
+    """Collects what every `attend` inside weighs, for plots: a list of `[A, Q, N, W]` tensors, in the order of calls.
+
+    The weights are the attention's own outputs for values that are one-hot, so nothing is computed in a second way.
+    Outside of compiled programs only, and not for the few tokens of `attend_slots`: hand in whole blocks.
+    """
+    _records.append([])
+    try:
+        yield _records[-1]
+    finally:
+        _records.pop()
 
 
 def attend(query, key, value, mask=None, softcap=None):
@@ -22,6 +40,8 @@ def attend(query, key, value, mask=None, softcap=None):
     Returns:
         `[A, Q, N, H]` in the dtype of `value`. The softmax is taken in float32 or wider.
     """
+    if _records:
+        _record(query, key, value, mask, softcap)
     if keras.backend.backend() == "torch" and softcap is None:
         return _attend_torch(query, key, value, mask)
     # Heads first, and all queries of a key/value head in one matrix: plain batched products are the fastest everywhere.
@@ -42,6 +62,17 @@ def attend(query, key, value, mask=None, softcap=None):
     out = ops.cast(ops.cast(out, total.dtype) / total, value.dtype)
     out = ops.reshape(out, (-1, kv_heads, groups, count, value.shape[-1]))
     return merge_heads(ops.transpose(out, (0, 3, 1, 2, 4)))
+
+
+def _record(query, key, value, mask, softcap):
+    """Adds the weights of one call to the innermost list: the outputs for one-hot values."""
+    open_lists, _records[:] = list(_records), []
+    try:
+        count = key.shape[1]
+        one_hot = ops.broadcast_to(ops.eye(count, dtype=value.dtype)[None, :, None], (*key.shape[:3], count))
+        open_lists[-1].append(attend(query, key, one_hot, mask, softcap))
+    finally:
+        _records[:] = open_lists
 
 
 def _attend_torch(query, key, value, mask):

@@ -1,0 +1,68 @@
+"""Making a memory useless: what a score loses by it is what the memory was good for."""
+
+import numpy as np
+from keras import ops
+
+KNOCK_OUTS = ("zeroed", "frozen", "shuffled")
+MEMORY_FIELDS = ("fam", "fam_key", "fam_value")
+
+
+def knock_out(model, state, how: str, seed=0):
+    """A state whose memory is useless: what is left of a score is not owed to the memory.
+
+    Args:
+        model: the model or layer that the state belongs to.
+        state: `StreamState` of B rows.
+        how: `"zeroed"` (memory rows and their keys and values are 0), `"frozen"` (the first memory F_0 in place of
+            what was written) or `"shuffled"` (each row gets the memory of another row).
+        seed: int, or a `numpy.random.Generator`, of the permutation, which leaves no row in its place.
+
+    Returns:
+        `StreamState`; keys and values of tokens stay as they are, and so does a model without memory.
+
+    Raises:
+        ValueError: for another `how`, or if there is one row to shuffle.
+    """
+    check_how(how)
+    rows = int(state.cursor.offset.shape[0])
+    order = derangement(rows, np.random.default_rng(seed)) if how == "shuffled" else None
+    return spoil_memory(state, how, model.get_initial_state(rows), order)
+
+
+def derangement(count, rng):
+    """A permutation of `count` numbers, int32, that leaves none in its place."""
+    if count < 2:
+        raise ValueError(
+            f"Memories are shuffled between rows, so there are at least two; received {count}. Read more rows."
+        )
+    cycle = rng.permutation(count)
+    order = np.empty(count, "int32")
+    order[cycle] = np.roll(cycle, 1)
+    return order
+
+
+def check_how(how):
+    if how not in KNOCK_OUTS:
+        raise ValueError(f"A memory is knocked out in one of the ways {KNOCK_OUTS}; received {how!r}.")
+
+
+def spoil_memory(state, how, first, order=None):
+    """`knock_out` for tensors; `order` is int32 `[B]`, read for `"shuffled"`."""
+
+    def spoil(memory, start):
+        if isinstance(memory, tuple):  # no memory in this configuration
+            return memory
+        if how == "shuffled":
+            return ops.take(memory, order, axis=0)
+        return ops.zeros_like(memory) if how == "zeroed" else start
+
+    layers = [
+        layer._replace(**{name: spoil(getattr(layer, name), getattr(start, name)) for name in MEMORY_FIELDS})
+        for layer, start in zip(state.layers, first.layers, strict=True)
+    ]
+    return state._replace(layers=tuple(layers))
+
+
+def streaming_part(model):
+    """The model's layer, or backbone, that knows block size and memory."""
+    return getattr(getattr(model, "backbone", model), "attention", getattr(model, "backbone", model))
