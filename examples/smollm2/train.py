@@ -79,7 +79,7 @@ class Checkpoint(keras.callbacks.Callback):
         }
         changed = {k for k, v in same.items() if record["args"][k] != v}
         if changed:
-            raise ValueError(f"{self.folder} holds a training with other {sorted(changed)}; choose another --out.")
+            raise ValueError(f"{self.folder} holds a training with other {sorted(changed)}; choose another --run-name.")
         self.log = record["log"]
         self.model.load_lora_weights(self.folder / record["weights"])
         with np.load(self.folder / record["state"]) as held:
@@ -111,7 +111,7 @@ def train(args):
     count = sum(int(np.prod(v.shape)) for v in lm.trainable_variables)
     print(f"{count:,} trainable parameters in {len(lm.trainable_variables)} weights; {lm.count_params():,} in all")
     rate = keras.optimizers.schedules.CosineDecay(0.0, args.steps, warmup_target=args.rate, warmup_steps=10, alpha=0.05)
-    lm.compile(keras.optimizers.Adam(rate, global_clipnorm=1.0), jit_compile=keras.backend.backend() != "torch")
+    lm.compile(keras.optimizers.Adam(rate, global_clipnorm=1.0))
     lm.optimizer.build(lm.trainable_variables)
     checkpoint = Checkpoint(args.out, args)
     checkpoint.set_model(lm)
