@@ -21,6 +21,13 @@ def rotate(x, positions):
     return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def write(cache, new, position):
+    """A cache with `new` `[B, 1, N, H]` at `position`: in place on torch; on JAX the program may reuse its memory."""
+    if keras.backend.backend() == "torch":
+        return cache.index_copy_(1, ops.reshape(position, (1,)).long(), new)
+    return ops.slice_update(cache, (0, position, 0, 0), new)
+
+
 class FullAttentionBlock(keras.layers.Layer):
     """Pre-norm attention and feed-forward, residuals; N heads of width D // N."""
 
@@ -59,8 +66,7 @@ class FullAttentionBlock(keras.layers.Layer):
     def step(self, x, cache, position):
         """One token `[B, 1, D]` at `position` over a cache `(key, value)`, each `[B, W, N, H]`."""
         query, key, value = self.project(x, ops.reshape(position, (1,)))
-        start = (0, position, 0, 0)
-        cache = tuple(ops.slice_update(held, start, new) for held, new in zip(cache, (key, value), strict=True))
+        cache = tuple(write(held, new, position) for held, new in zip(cache, (key, value), strict=True))
         mask = ops.reshape(ops.arange(cache[0].shape[1]) <= position, (1, 1, 1, -1))
         return self.finish(x, ops.dot_product_attention(query, *cache, mask=mask)), cache
 

@@ -192,12 +192,28 @@ def train(args):
     return lambda: float(whole.train_on_batch(inputs, np.zeros((1,), "float32"), return_dict=True)["loss"])
 
 
+def step_program(step, variables):
+    """A compiled `step(ids, state)`; on JAX the new state takes the memory of the old one."""
+    import keras
+
+    from keras_fam.ops.backend import compiled
+
+    if os.environ["KERAS_BACKEND"] == "torch":
+        return compiled(step, lambda: variables)
+    import jax
+
+    def pure(values, state, ids):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return step(ids, state)
+
+    program = jax.jit(pure, donate_argnums=1)
+    return lambda ids, state: program([v.value for v in variables], state, ids)
+
+
 def decode(args):
     """A function that reads one token for each row and waits for its logits."""
     import keras
     from keras import ops
-
-    from keras_fam.ops.backend import compiled
 
     model, rows = make_model(args, training=False), args.rows
     ids = np.random.default_rng(0).integers(0, settings_of(args)["vocabulary_size"], (rows, 1)).astype("int32")
@@ -223,8 +239,8 @@ def decode(args):
         state = model.get_initial_state(rows)
         full = ops.full((rows,), model.block_settings["memory_segments"], "int32")
         state = state._replace(cursor=state.cursor._replace(block_index=full))
-    run = compiled(step, lambda: model.variables)
-    held = keras.tree.map_structure(lambda x: x, state)
+    run = step_program(step, model.variables)
+    held = keras.tree.map_structure(ops.copy, state)  # no two of them share memory
 
     def read():
         nonlocal held
