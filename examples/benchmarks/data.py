@@ -89,7 +89,7 @@ def main():
         for name, dataset in datasets.items():
             taken = seconds(dataset.__getitem__, args.repeats)
             result["data_ms"][name] = 1e3 * taken
-            print(f"{name:<26}{1e3 * taken:7.2f} ms, {100 * taken / step:5.1f} % of a step")
+            print(f"{name:<26}{1e3 * taken:7.2f} ms, {100 * taken / step:6.2f} % of a step")
     result.update(
         largest_ratio=max(result["data_ms"].values()) / result["step_ms"],
         backend=keras.backend.backend(),
