@@ -83,7 +83,7 @@ def run(name, task):
     window = (attention.memory_segments + 1) * attention.block_size
     result = {"title": title, "settings": settings, "window": window, "exact": exact(model, task, BLOCKS)}
     if attention.fam_length:
-        short = [count for count in BLOCKS if count in (8, 17, 33)]
+        short = [count for count in BLOCKS if count in (8, 13, 17, 25, 33)]
         result["knock_outs"] = {how: exact(model, task, short, how) for how in KNOCK_OUTS}
     return {**result, "command": COMMAND, "training_seconds": seconds, "seconds": time.perf_counter() - started}
 
@@ -139,7 +139,10 @@ def main():
     }
     for name in OWN.systems:
         if name not in found["systems"]:
-            found["systems"][name] = run(name, task)
+            result = run(name, task)
+            if path.exists():  # another call may have added to it
+                found["systems"] = json.loads(path.read_text())["systems"]
+            found["systems"][name] = result
             found["systems"] = {n: found["systems"][n] for n in SYSTEMS if n in found["systems"]}
             path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'filler tokens':<26}" + "".join(f"{n:>7,}" for n in found["filler_tokens"]))
