@@ -244,7 +244,7 @@ def animate_attention(maps, path, words, row=0, layer=None, milliseconds=900):
 
     def draw(b):
         axis.clear()
-        axis.set(xlim=(-1, S), ylim=(-1.0, 3.35))
+        axis.set(xlim=(-1, S + 0.5), ylim=(-0.75, 3.4))
         axis.axis("off")
         figure.suptitle(f"block {b + 1} of {count}, layer {layer + 1}", fontsize=12)
         span = slice(b * S, (b + 1) * S)
@@ -255,20 +255,23 @@ def animate_attention(maps, path, words, row=0, layer=None, milliseconds=900):
             for f in range(F):
                 for t in range(S):
                     strength = min(lines[f, t] / max(limit, 1e-9), 1.0)
-                    if strength > 0.06:
+                    if strength > 0.12:
                         axis.plot(
                             (x_token[t], x_memory[f]), y, color=color, alpha=strength**1.3, linewidth=1.8 * strength
                         )
         for y, text in (
-            (2.85, "tokens read F of the block before"),
-            (-0.02, "F reads the whole block and becomes the next"),
+            (2.85, "tokens read F\nof the block before"),
+            (-0.02, "F reads the whole block\nand becomes the next"),
         ):
             for t in range(S):
                 axis.text(
                     x_token[t], y, words[b * S + t], rotation=60 if y > 1 else -60, fontsize=7,
                     ha="left", va="bottom" if y > 1 else "top",
                 )  # fmt: skip
-            axis.text(-0.9, 2.15 if y > 1 else 0.55, text, fontsize=9, color="#dd842a" if y > 1 else "#4272b0")
+            axis.text(
+                -0.9, 2.0 if y > 1 else 0.75, text, fontsize=9,
+                color="#dd842a" if y > 1 else "#4272b0", bbox={"color": "white", "alpha": 0.8, "pad": 1},
+            )  # fmt: skip
         shade = [str(0.95 - 0.75 * k) for k in kept[:, b]]
         axis.scatter(x_memory, np.full(F, 1.4), s=230, c=shade, edgecolors="black", zorder=3, marker="s")
         axis.text(S - 0.2, 1.4, "memory rows\n(dark: looks at\nits own past)", fontsize=8, va="center", ha="right")
@@ -296,7 +299,7 @@ def plot_memory_statistics(statistics):
             values = [np.nan if v is None else v for v in layer]
             axis.plot(statistics["block"], values, label=f"layer {i + 1}", linewidth=1.2)
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * np.nanmax([v for layer in statistics[name] for v in layer if v is not None]))
         if len(statistics["block"]) > 64:
             axis.set_xscale("log")
     for axis in axes[-1]:

@@ -113,6 +113,11 @@ def tiny(num_layers=1, seed=0, **changes):
     return lm
 
 
+def quick_compile(lm, optimizer="adam"):
+    """Compiles a model for a few steps: XLA takes longer over a train step on TensorFlow than the steps without it."""
+    lm.compile(optimizer, **({"jit_compile": False} if keras.backend.backend() == "tensorflow" else {}))
+
+
 def variables_by_name(block):
     """The oracle's weight names to the variables of a block."""
     parts = {

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import TINY_VOCABULARY, close, numpy, tiny
+from support import TINY_VOCABULARY, close, numpy, quick_compile, tiny
 
 import keras_fam
 from keras_fam.evaluation import KNOCK_OUTS, StreamScorer
@@ -169,7 +169,7 @@ def test_effective_rank():
 
 def test_memory_monitor():
     lm = tiny(seed=7)
-    lm.compile(keras.optimizers.Adam(0.01))
+    quick_compile(lm, keras.optimizers.Adam(0.01))
     monitor = keras_fam.MemoryMonitor(TOKENS[:, :8])
     before = keras_fam.memory_statistics(lm, TOKENS[:, :8])
     tokens = TOKENS[:, :8]

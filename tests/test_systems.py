@@ -18,7 +18,7 @@ from test_model import make as make_model
 import keras_fam
 from keras_fam.ops.backend import compiled
 
-JAX = keras.backend.backend() == "jax"
+TORCH = keras.backend.backend() == "torch"
 FM = {
     "fm": {"fam_length": 0},
     "fm_window": {"fam_length": 0, "memory_segments": 2, "attention_window": 5},
@@ -86,10 +86,12 @@ def test_rmt_is_the_loop(variant):
 
 
 def check_streaming(layer, x):
-    """`keras_fam.check_streaming`; on JAX, where that takes many compilations, splits and lengths alone.
-    Returns the outputs of the whole."""
+    """`keras_fam.check_streaming` on torch; where that takes many compilations, splits and lengths alone.
+
+    Returns the outputs of the whole.
+    """
     whole, last = read(layer, x)
-    if not JAX:
+    if TORCH:
         expected = CONTRACTS if hasattr(layer, "attention") else CONTRACTS - {"gradients"}
         assert set(keras_fam.check_streaming(layer)) == expected
         return whole
@@ -158,7 +160,7 @@ def test_settings():
 def test_they_train_and_go_to_files(tmp_path):
     """Both at once: RMT whose segments hold outputs, with noise on what is fed back."""
     lm = support.tiny(segment_source="outputs", fam_recurrence="stack", fam_noise=0.1)
-    lm.compile("adam")
+    support.quick_compile(lm)
     tokens = TOKENS[:, :8]
     history = lm.fit(tokens, np.roll(tokens, -1, axis=1), epochs=4, verbose=0).history["loss"]
     assert history[-1] < history[0]

@@ -40,7 +40,7 @@ def main():
     tokens, words, highlights = marked_text(task, SHOWN_BLOCKS)
     maps = visualize.attention_maps(model, tokens)
     visualize.plot_attention_maps(maps, highlights=highlights).savefig(ARGS.out / "attention_maps.png", dpi=90)
-    visualize.animate_attention(maps, ARGS.out / "attention.gif", words)
+    visualize.animate_attention(maps, ARGS.out / "attention.gif", words, layer=0)
     long_text = task.batch(8, total_tokens=LONG_BLOCKS * ARGS.block_size, seed=ARGS.seed, split="held_out")["token_ids"]
     statistics = {}
     for name in (NAME, "FAM"):

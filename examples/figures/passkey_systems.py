@@ -39,7 +39,7 @@ parser.add_argument(
     "--lengths",
     type=int,
     nargs="+",
-    default=[3, 4, 5, 6, 8, 11, 17, 33, 65, 129, 257, 528],
+    default=[3, 4, 5, 7, 9, 17, 33, 65, 129, 257, 529],
     help="blocks in the texts read",
 )
 OWN, rest = parser.parse_known_args()
@@ -83,12 +83,13 @@ def run(name, task):
     window = (attention.memory_segments + 1) * attention.block_size
     result = {"title": title, "settings": settings, "window": window, "exact": exact(model, task, BLOCKS)}
     if attention.fam_length:
-        short = [count for count in BLOCKS if count in (8, 17, 33)]
+        short = [count for count in BLOCKS if count in (8, 13, 17, 25, 33)]
         result["knock_outs"] = {how: exact(model, task, short, how) for how in KNOCK_OUTS}
     return {**result, "command": COMMAND, "training_seconds": seconds, "seconds": time.perf_counter() - started}
 
 
 def plot(found, path):
+    """Draws the lengths at which training asks, too: whole chunks and a block with the question."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
@@ -100,15 +101,18 @@ def plot(found, path):
         style = {"marker": "o", "markersize": 3.5, "color": color, "label": system["title"]}
         style["linestyle"] = ":" if "_SG" in name else "--" if name.startswith("FM") else "-"
         reach = found["layers"] * system["window"]
+        rows = zip(found["blocks"], found["filler_tokens"], system["exact"], strict=True)
+        lengths, exact = zip(*((n, y) for blocks, n, y in rows if blocks % found["chunk_blocks"] == 1), strict=True)
         for axis, unit in zip(axes, (found["longest_trained"], reach), strict=True):
-            axis.plot([n / unit for n in found["filler_tokens"]], system["exact"], **style)
+            axis.plot([n / unit for n in lengths], exact, **style)
     for axis, label in zip(axes, ("the longest filler trained on", "depth × window of each system"), strict=True):
         axis.axvline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"filler tokens / {label}", ylim=(-0.02, 1.02))
     axes[0].set_ylabel("exact keys")
     axes[1].legend(fontsize=8, loc="upper right")
-    title = f"PassKey, {ARGS.filler} filler, {ARGS.digits} digits, {ROWS} rows, {ARGS.steps} steps, seed {ARGS.seed}"
-    figure.suptitle(f"{title}, {found['backend']}", fontsize=11)
+    given = found["arguments"]
+    title = f"PassKey, {given['filler']} filler, {given['digits']} digits, {ROWS} rows, {given['steps']} steps"
+    figure.suptitle(f"{title}, seed {given['seed']}, {found['backend']}", fontsize=11)
     figure.savefig(path, dpi=100)
 
 
@@ -127,6 +131,8 @@ def main():
         "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(ARGS).items()},
         "machine": MACHINE,
         "layers": ARGS.layers,
+        "blocks": BLOCKS,
+        "chunk_blocks": ARGS.chunk_blocks,
         "longest_trained": (ARGS.chunk_blocks * ARGS.longest + 1) * ARGS.block_size - task.template_tokens,
         "filler_tokens": [count * ARGS.block_size - task.template_tokens for count in BLOCKS],
         "chance": task.chance,
@@ -139,7 +145,10 @@ def main():
     }
     for name in OWN.systems:
         if name not in found["systems"]:
-            found["systems"][name] = run(name, task)
+            result = run(name, task)
+            if path.exists():  # another call may have added to it
+                found["systems"] = json.loads(path.read_text())["systems"]
+            found["systems"][name] = result
             found["systems"] = {n: found["systems"][n] for n in SYSTEMS if n in found["systems"]}
             path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'filler tokens':<26}" + "".join(f"{n:>7,}" for n in found["filler_tokens"]))
