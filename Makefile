@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_PEERS ?= .venv-peers
 BACKEND ?= jax
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 RUN = TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark peers clean
 
 # Trains FAM and BSWA on PassKey and streams long texts. BACKEND=torch or tensorflow for another backend.
 demo: $(VENV)/.$(BACKEND)
@@ -30,6 +31,15 @@ lint: $(VENV)/.all
 benchmark: $(VENV)/.all
 	$(RUN) examples/benchmarks/speed.py $(ARGS)
 
+# Prefill and decoding against other packages, which have a virtual environment of their own.
+peers: $(VENV_PEERS)/.peers
+	TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PEERS)/bin/python examples/benchmarks/peers.py $(ARGS)
+
+$(VENV_PEERS)/.peers: pyproject.toml
+	$(PYTHON) -m venv $(VENV_PEERS)
+	$(VENV_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[jax,torch,peers]'
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -42,4 +52,4 @@ $(VENV)/.all: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PEERS) out .pytest_cache .ruff_cache .hypothesis
