@@ -18,6 +18,22 @@ def is_eager(x):
     return type(x).__name__ != "FakeTensor"
 
 
+def on_accelerator():
+    """Whether programs run on something else than a CPU (a program made for another machine is made as for this)."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def value_and_gradient(function, x):
     """`function(x)` and its gradient, for a float tensor `x` and a function with a scalar result."""
     backend = keras.backend.backend()
