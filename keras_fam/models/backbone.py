@@ -10,12 +10,16 @@ from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.settings import require_positive, require_whole
+from keras_fam.models.layer_loop import SEEDS_PER_LAYER, advance_in_loop
 from keras_fam.models.starting_state import starting_state
 from keras_fam.models.streaming_call import StreamingModelMixin
 from keras_fam.ops.backend import remat
 from keras_fam.ops.dropout import fold
 from keras_fam.ops.scan import scan
 from keras_fam.state import StreamState, advance_cursor, cursor_spec
+
+# Tokens that are advanced at a time unless `blocks_per_step` is given: enough to keep any device busy.
+STEP_TOKENS = 4096
 
 # Settings of a block that the backbone decides itself.
 _OWN = {
@@ -62,10 +66,13 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
         random_state_passing: p of Random State Passing in training (App. B.2.3); 0 turns it off, the paper has 0.8.
         random_position_offset: whether Random Position Offset is drawn in training (App. B.2.2). Positions are
             relative here, so it changes results for `fam_position="zero"` alone.
-        blocks_per_step: None, or how many blocks are advanced at a time: memory for a long input stays that of one
-            step; no result changes.
+        blocks_per_step: how many blocks are advanced at a time: memory for a long input stays that of one step; no
+            result changes. None chooses: steps of 4,096 tokens, but in training 4 blocks with `remat`, all without.
         remat: whether each such step is computed again in the backward pass instead of being stored
-            (`keras.remat`); 4 blocks a step unless `blocks_per_step` says otherwise.
+            (`keras.remat`).
+        scan_layers: whether a call of at least a block runs the layers, which must be equal, as one compiled loop:
+            compile time no longer grows with their number (JAX, TensorFlow), at the price of one copy of the weights
+            per call.
         **block: every other setting of `TransformerFAMBlock`: `block_size`, `memory_segments`, `fam_length`, …
 
     Calls: `hidden = backbone(token_ids)` with token ids int `[B, T]`, or a dict of `"token_ids"` and
@@ -95,6 +102,7 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
         random_position_offset: bool = False,
         blocks_per_step: int | None = None,
         remat: bool = False,
+        scan_layers: bool = False,
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
@@ -124,6 +132,11 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
             )
         if layer_settings is not None and len(layer_settings) != num_layers:
             raise ValueError(f"`layer_settings` has one dict per layer, {num_layers}; received {len(layer_settings)}.")
+        if scan_layers and layer_settings is not None:
+            raise ValueError(
+                "`scan_layers=True` runs all layers as one loop, so they are equal; received `layer_settings` too. "
+                "Leave one of them out."
+            )
         self.vocabulary_size, self.num_layers, self.hidden_dim = vocabulary_size, num_layers, hidden_dim
         self.block_settings = {
             "num_query_heads": num_query_heads,
@@ -137,7 +150,7 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
         self.initial_fam = initial_fam
         self.embedding_scale, self.tie_weights, self.logit_softcap = embedding_scale, tie_weights, logit_softcap
         self.random_position_offset = random_position_offset
-        self.blocks_per_step, self.remat = blocks_per_step, remat
+        self.blocks_per_step, self.remat, self.scan_layers = blocks_per_step, remat, scan_layers
         self.token_embedding = keras.layers.ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
@@ -260,12 +273,17 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
             written = state.cursor.block_index[0] > before.cursor.block_index[0]
             self.random_state_passing.keep([layer.fam for layer in state.layers], written)
 
+    def _automatic_step(self, training):
+        if training:  # what is stored for the backward pass grows with the input whatever the steps, unless `remat`
+            return 4 if self.remat else None
+        return max(1, STEP_TOKENS // self.block_size)
+
     def _advance(self, token_ids, state, *, start, lengths=None, training=False, keep_state=True):
         seed = None
         if training and any(block.draws for block in self.blocks):
             seed = self.seed_generator.next()
         x = self.embed(token_ids)
-        length, step = x.shape[1], self.blocks_per_step or (4 if self.remat else None)
+        length, step = x.shape[1], self.blocks_per_step or self._automatic_step(training)
         size = None if step is None else step * self.block_size
         if size is None or length is None or length <= size or start == "anywhere":
             x, state = self._advance_layers(x, state, start=start, lengths=lengths, seed=seed, keep_state=keep_state)
@@ -277,7 +295,7 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
         if lengths is not None:
             xs["lengths"] = ops.clip(ops.expand_dims(lengths, 0) - ops.expand_dims(step_index * size, 1), 0, size)
         if seed is not None:
-            xs["seed"] = fold(seed, 1 + 4096 * self.num_layers * step_index)
+            xs["seed"] = fold(seed, 1 + SEEDS_PER_LAYER * self.num_layers * step_index)
 
         def body(state, given):
             y, state = self._advance_layers(
@@ -301,19 +319,17 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
         rider = None
         if self.fam_length and self.initial_fam == "summary":
             rider = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
-        layers = []
-        for i, block in enumerate(self.blocks):
-            x, layer, rider = block.advance_layer(
-                x,
-                state.layers[i],
-                state.cursor,
-                start=start,
-                lengths=lengths,
-                rider=rider,
-                seed=fold(seed, 4096 * i),
-                keep_state=keep_state,
-            )
-            layers.append(layer)
+        options = {"start": start, "lengths": lengths, "keep_state": keep_state}
+        length = x.shape[1]
+        if self.scan_layers and (length is None or length >= self.block_size):
+            x, layers = advance_in_loop(self.blocks, x, state, seed=seed, rider=rider, **options)
+        else:
+            layers = []
+            for i, block in enumerate(self.blocks):
+                x, layer, rider = block.advance_layer(
+                    x, state.layers[i], state.cursor, rider=rider, seed=fold(seed, SEEDS_PER_LAYER * i), **options
+                )
+                layers.append(layer)
         if not keep_state:
             return x, None
         taken = ops.shape(x)[1] if lengths is None else lengths
@@ -335,6 +351,7 @@ class TransformerFAMBackbone(StreamingModelMixin, keras.Model):
             random_position_offset=self.random_position_offset,
             blocks_per_step=self.blocks_per_step,
             remat=self.remat,
+            scan_layers=self.scan_layers,
             **self.block_settings,
         )
         return config
