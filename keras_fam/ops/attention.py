@@ -6,7 +6,7 @@ Shapes: Q query rows, W keys, N query heads, K key/value heads, G = N // K, H he
 import keras
 from keras import ops
 
-from keras_fam.ops.backend import is_eager, on_accelerator, remat
+from keras_fam.ops.backend import is_eager, platform, remat
 from keras_fam.ops.positions import rotate
 from keras_fam.ops.scan import scan
 
@@ -71,7 +71,7 @@ def _attend_heads(query, key, value, mask, visible, softcap, groups):
 def _step_size(query, key, mask):
     """`(rows, heads)` that are attended to at once, divisors of A and K; None for all of them."""
     rows, count, keys, kv_heads = query.shape[0], query.shape[1], key.shape[1], key.shape[2]
-    if None in (rows, count, keys) or is_eager(query) or on_accelerator():
+    if None in (rows, count, keys) or is_eager(query) or platform() != "cpu":
         return None  # an accelerator wants much at once; outside of `jit` every step would be a program of its own
     if mask is not None and len(mask.shape) > 2 and mask.shape[0] != 1:
         return None
@@ -104,13 +104,14 @@ def _attend_in_steps(query, key, value, mask, visible, softcap, groups, rows, he
 
 
 def fused_attention_exists():
-    """Whether the backend has attention as one kernel on this device."""
+    """Whether the backend has attention as one kernel on this device, for any mask."""
     backend = keras.backend.backend()
-    return backend == "torch" or (backend == "jax" and on_accelerator())
+    # Not on TPU: there Keras' kernel reads the mask of the first row for all rows.
+    return backend == "torch" or (backend == "jax" and platform() == "gpu")
 
 
 def _attend_fused(query, key, value, mask, visible):
-    """torch's `scaled_dot_product_attention`; on JAX what Keras finds for the device (cuDNN or XLA)."""
+    """torch's `scaled_dot_product_attention`; on JAX what Keras finds for the GPU (cuDNN or XLA)."""
     if visible is not None:
         visible = ops.expand_dims(visible, 1)
         mask = visible if mask is None else ops.logical_and(mask, visible)

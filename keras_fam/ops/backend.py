@@ -18,20 +18,21 @@ def is_eager(x):
     return type(x).__name__ != "FakeTensor"
 
 
-def on_accelerator():
-    """Whether programs run on something else than a CPU (a program made for another machine is made as for this)."""
+def platform():
+    """`"cpu"`, `"gpu"` or `"tpu"`: where programs run (one that is made for another machine is made as for this)."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        return jax.default_backend() != "cpu"
+        return jax.default_backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
+        kinds = {device.device_type.lower() for device in tf.config.list_logical_devices()}
+        return next((kind for kind in ("tpu", "gpu") if kind in kinds), "cpu")
     import torch
 
-    return torch.cuda.is_available()
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def value_and_gradient(function, x):
