@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TPU ?= .venv-tpu
+VENV_PEERS ?= .venv-peers
 BACKEND ?= jax
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 RUN = TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 
-.PHONY: demo test lint benchmark distributed tpu gpu smollm2 smollm2-lora clean
+.PHONY: demo test lint benchmark peers distributed tpu gpu smollm2 smollm2-lora clean
 
 # Trains FAM and BSWA on PassKey and streams long texts. BACKEND=torch or tensorflow for another backend.
 demo: $(VENV)/.$(BACKEND)
@@ -64,6 +65,15 @@ $(VENV_TPU)/.tpu: pyproject.toml
 	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[tpu]' pytest
 	touch $@
 
+# Prefill and decoding against other packages, which have a virtual environment of their own.
+peers: $(VENV_PEERS)/.peers
+	TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PEERS)/bin/python examples/benchmarks/peers.py $(ARGS)
+
+$(VENV_PEERS)/.peers: pyproject.toml
+	$(PYTHON) -m venv $(VENV_PEERS)
+	$(VENV_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[jax,torch,peers]'
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -82,4 +92,4 @@ $(VENV)/.smollm2: $(VENV)/.$(BACKEND)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_TPU) out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TPU) $(VENV_PEERS) out .pytest_cache .ruff_cache .hypothesis

@@ -24,7 +24,7 @@ _EXTRAS = "extras."
 _FREE = {
     "name", "trainable", "dtype", "stateful", "kernel_initializer", "blocks", "layer_settings", "dropout", "fam_noise",
     "stop_memory_gradient", "remat", "blocks_per_step", "backpropagation_steps", "random_state_passing",
-    "random_position_offset",
+    "random_position_offset", "scan_layers",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Streams a million tokens and watches memory and speed: peak resident memory after the first 10,000 tokens and at the
-end, and the time of the first and the last chunks.
+"""Streams a million tokens and watches memory and speed: peak resident memory after the first `--early` tokens and at
+the end, the time of the first and the last chunks, and of the second half against the first (all after `--early`).
 
     KERAS_BACKEND=jax python examples/benchmarks/long_stream.py --tokens 1000000 --out out/long_stream.json
 """
@@ -31,6 +31,7 @@ def main():
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--fam-length", type=int, default=16)
     parser.add_argument("--memory-segments", type=int, default=1)
+    parser.add_argument("--early", type=int, default=10_000, help="tokens after which memory and time are watched")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args()
@@ -55,22 +56,26 @@ def main():
         started = time.perf_counter()
         logits = stream.predict(chunk)
         seconds.append(time.perf_counter() - started)
-        if early is None and stream.position[0] >= 10_000:
+        if early is None and stream.position[0] >= args.early:
             early = peak_mib()
         peaks.append(peak_mib())
     assert np.isfinite(logits).all()
-    warm = [s for s, n in zip(seconds, np.arange(len(seconds)), strict=True) if n * args.chunk >= 10_000]
+    warm = [s for s, n in zip(seconds, np.arange(len(seconds)), strict=True) if n * args.chunk >= args.early]
     tenth = max(1, len(warm) // 10)
     first, last = float(np.median(warm[:tenth])), float(np.median(warm[-tenth:]))
+    half = len(warm) // 2
+    halves = sum(warm[-half:]) / sum(warm[:half])
     result = {
         "backend": keras.backend.backend(),
         "tokens": int(stream.position[0]),
-        "peak_mib_after_10k": early,
+        "peak_mib_early": early,
         "peak_mib_at_end": peaks[-1],
         "growth_percent": 100 * (peaks[-1] / early - 1),
         "chunk_ms_first_tenth": 1e3 * first,
         "chunk_ms_last_tenth": 1e3 * last,
         "time_ratio": last / first,
+        "second_half_over_first": halves,
+        "tokens_per_second": args.chunk * len(warm) / sum(warm),
         "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()},
         "versions": {"python": platform.python_version(), "keras": keras.__version__},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

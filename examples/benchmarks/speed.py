@@ -14,14 +14,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
+import measuring
 import numpy as np
 
 AGREEMENT = 1e-4  # relative to the largest output
@@ -163,23 +161,6 @@ def by_hand(backend, args, params, x):
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def seconds(function):
-    start = perf_counter()
-    function()
-    return perf_counter() - start
-
-
-def take_turns(functions, repeats):
-    """Seconds of each function: `{name: {"median", "min", "all"}}`; every second round runs in the opposite order."""
-    times = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for i in range(repeats):
-        for name in list(functions)[:: 1 if i % 2 == 0 else -1]:
-            times[name].append(seconds(functions[name]))
-    return {name: {"median": median(t), "min": min(t), "all": t} for name, t in times.items()}
-
-
 def require_agreement(what, ours, expected):
     ours, expected = np.asarray(ours), np.asarray(expected)
     difference = float(np.abs(ours - expected).max() / np.abs(expected).max())
@@ -204,39 +185,20 @@ def measure(args):
         outputs["by hand"] = np.asarray(peer[0]())
         result["difference"] = require_agreement("outputs", outputs["keras_fam"], outputs["by hand"])
     result["sample"] = outputs["keras_fam"][-1, -4:, :8].tolist()
-    result["forward"] = take_turns(forward, args.repeats)
+    result["forward"] = measuring.take_turns(forward, args.repeats)
     compiling, losses = {}, {}
     for name, step in train.items():
         start = perf_counter()
         losses[name] = step()
-        compiling[name] = perf_counter() - start - seconds(step)
+        compiling[name] = perf_counter() - start - measuring.seconds(step)
     if peer:
         require_agreement("loss", losses["keras_fam"], losses["by hand"])
-    result["train"] = take_turns(train, args.repeats)
+    result["train"] = measuring.take_turns(train, args.repeats)
     quarter = args.tokens // 4
     if backend != "torch" and quarter % args.block_size == 0 and quarter > args.block_size:
         step = keras_train(keras_model(args, params, quarter), tokens(args, quarter))
-        compiling["keras_fam, T/4"] = seconds(step) - seconds(step)
+        compiling["keras_fam, T/4"] = measuring.seconds(step) - measuring.seconds(step)
     return result if backend == "torch" else result | {"compile train": compiling}
-
-
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def run_child(backend, argv, args):
-    """`measure` in a new process."""
-    root = Path(__file__).resolve().parents[2]
-    env = {"OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "KERAS_BACKEND": backend}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
-    env["OMP_NUM_THREADS"] = str(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        subprocess.run([sys.executable, __file__, *argv, "--child", str(out)], env=env, check=True)
-        return json.loads(out.read_text())
 
 
 def print_table(results):
@@ -268,11 +230,12 @@ def main(argv):
     if args.tokens % args.block_size or args.width % args.heads:
         parser.error("--tokens must be a multiple of --block-size, and --width of --heads")
     if args.child:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        measuring.use_cores(args.threads)
         Path(args.child).write_text(json.dumps(measure(args)))
         return
-    results = {backend: run_child(backend, argv, args) for backend in args.backends.split(",")}
+    results = {
+        backend: measuring.run_child(__file__, argv, backend, args.threads) for backend in args.backends.split(",")
+    }
     samples = [result.pop("sample") for result in results.values()]
     for backend, sample in zip(results, samples, strict=True):
         require_agreement(f"{backend} against {next(iter(results))}", sample, samples[0])
@@ -288,7 +251,7 @@ def main(argv):
             ours, jax = (results[backend][what]["keras_fam"]["median"] for backend in ("tensorflow", "jax"))
             ratios[f"tensorflow / jax {what}"] = ours / jax
             print(f"{f'tensorflow / jax: {what}':58}{ours / jax:8.2f}")
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()}
+    machine = measuring.machine(args.threads)
     print(f"{machine['cpu']}, {args.threads} of {machine['cores']} cores")
     if args.out:
         settings = {name: value for name, value in vars(args).items() if name not in ("child", "out")}

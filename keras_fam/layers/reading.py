@@ -12,6 +12,7 @@ Axes: B rows, T tokens, S block, n blocks in the call, m segments, F memory rows
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_fam.layers.feedback import write_memories
@@ -191,17 +192,18 @@ def _read_blocks(layer, plan, query, keys, values, memory_key, memory_value, cur
         query = block_ops.to_blocks(query, S, num_blocks)
     else:
         query = block_ops.place_queries(query, cursor.offset, S, num_blocks)
-    mask = visibility.token_window(S, segments, layer.attention_window)[None, None]
+    mask = visibility.token_window(S, segments, layer.attention_window)
+    visible = None
     if segments:
-        filled = visibility.filled_segments(cursor.block_index, num_blocks, segments, S)
-        mask = ops.logical_and(mask, ops.expand_dims(filled, 2))
+        visible = visibility.filled_segments(cursor.block_index, num_blocks, segments, S)
     if memory_key is not None:
-        rows = ops.ones((1, 1, 1, memory_key.shape[2]), "bool")
+        width = memory_key.shape[2]
+        mask = np.concatenate([np.ones((S, width), bool), mask], axis=1)
+        rows = None
         if layer.num_visible_memories > 1 or layer.initial_fam == "summary":
             count = ops.expand_dims(cursor.visible_memories, 1) + ops.arange(num_blocks, dtype="int32")
             rows = visibility.visible_memories(count, layer.fam_length, layer.num_visible_memories)
-            rows = ops.expand_dims(rows, 2)
-        mask = visibility.join(rows, mask)
+        visible = visibility.join(rows, visible, width, (segments + 1) * S)
     skipped = layer.memory_segments - segments
     attended = attend_blocks(
         query,
@@ -212,6 +214,7 @@ def _read_blocks(layer, plan, query, keys, values, memory_key, memory_value, cur
         mask,
         segments=segments,
         back=layer.positions.back,
+        visible=visible,
         softcap=layer.attention_softcap,
         stop_gradient=layer.stop_memory_gradient,
     )

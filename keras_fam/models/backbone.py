@@ -10,6 +10,7 @@ from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.settings import require_positive, require_whole
+from keras_fam.models.layer_loop import SEEDS_PER_LAYER, advance_in_loop
 from keras_fam.models.layout import layout_map
 from keras_fam.models.lora import LoRA
 from keras_fam.models.preset_folder import load_backbone, save_to_preset
@@ -67,13 +68,15 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             Or a schedule of it, see `RandomStatePassing`.
         random_position_offset: whether Random Position Offset is drawn in training (App. B.2.2). Positions are
             relative here, so it changes results for `fam_position="zero"` alone.
-        blocks_per_step: None, or how many blocks are advanced at a time: memory for a long input stays that of one
-            step; no result changes.
+        blocks_per_step: how many blocks are advanced at a time: memory for a long input stays that of one step; no
+            result changes. None chooses: steps of 4,096 tokens, but in training 4 blocks with `remat`, all without.
         remat: whether each such step is computed again in the backward pass instead of being stored
-            (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same. 4 blocks
-            a step unless `blocks_per_step` says otherwise.
+            (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same.
         backpropagation_steps: None, or how many such steps gradients cross at most: states are detached after every
             so many steps of a call, counted from its start (truncated back-propagation). None: the whole call.
+        scan_layers: whether a call of at least a block runs the layers, which must be equal, as one compiled loop:
+            compile time no longer grows with their number (JAX, TensorFlow), at the price of one copy of the weights
+            per call.
         **block: every other setting of `TransformerFAMBlock`: `block_size`, `memory_segments`, `fam_length`, …
 
     Calls: `hidden = backbone(token_ids)` with token ids int `[B, T]`, or a dict of `"token_ids"` and
@@ -104,6 +107,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         blocks_per_step: int | None = None,
         remat: bool = False,
         backpropagation_steps: int | None = None,
+        scan_layers: bool = False,
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
@@ -134,6 +138,16 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             )
         if layer_settings is not None and len(layer_settings) != num_layers:
             raise ValueError(f"`layer_settings` has one dict per layer, {num_layers}; received {len(layer_settings)}.")
+        if scan_layers and layer_settings is not None:
+            raise ValueError(
+                "`scan_layers=True` runs all layers as one loop, so they are equal; received `layer_settings` too. "
+                "Leave one of them out."
+            )
+        if scan_layers and block.get("fam_recurrence") == "stack":
+            raise ValueError(
+                '`fam_recurrence="stack"` (RMT) hands the top layer\'s memory to the bottom one, which the loop of '
+                "`scan_layers=True` does not; received both. Leave one of them out."
+            )
         self.vocabulary_size, self.num_layers, self.hidden_dim = vocabulary_size, num_layers, hidden_dim
         self.block_settings = {
             "num_query_heads": num_query_heads,
@@ -147,8 +161,8 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         self.initial_fam = initial_fam
         self.embedding_scale, self.tie_weights, self.logit_softcap = embedding_scale, tie_weights, logit_softcap
         self.random_position_offset = random_position_offset
-        self.blocks_per_step, self.remat = blocks_per_step, remat
         self.backpropagation_steps = backpropagation_steps
+        self.blocks_per_step, self.remat, self.scan_layers = blocks_per_step, remat, scan_layers
         self.token_embedding = keras.layers.ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
@@ -284,7 +298,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         if training and any(block.draws for block in self.blocks):
             seed = self.seed_generator.next()
         x = self.embed(token_ids)
-        length, step = x.shape[1], step_blocks(self)
+        length, step = x.shape[1], step_blocks(self, training)
         if self.feeds_stack:  # a block needs what the top layer wrote one block before
             step = 1
             if length is None or (start == "anywhere" and length > 1):
@@ -311,20 +325,18 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             rider = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
         elif self.feeds_stack:
             rider = state.layers[0].fam
-        layers = []
-        for i, block in enumerate(self.blocks):
-            x, layer, rider = block.advance_layer(
-                x,
-                state.layers[i],
-                state.cursor,
-                start=start,
-                lengths=lengths,
-                rider=rider,
-                seed=fold(seed, 4096 * i),
-                keep_state=keep_state,
-            )
-            x = shard_output(x, block)
-            layers.append(layer)
+        options = {"start": start, "lengths": lengths, "keep_state": keep_state}
+        length = x.shape[1]
+        if self.scan_layers and (length is None or length >= self.block_size):
+            x, layers = advance_in_loop(self.blocks, x, state, seed=seed, rider=rider, **options)
+        else:
+            layers = []
+            for i, block in enumerate(self.blocks):
+                x, layer, rider = block.advance_layer(
+                    x, state.layers[i], state.cursor, rider=rider, seed=fold(seed, SEEDS_PER_LAYER * i), **options
+                )
+                x = shard_output(x, block)
+                layers.append(layer)
         if not keep_state:
             return x, None
         taken = ops.shape(x)[1] if lengths is None else lengths
@@ -359,6 +371,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             blocks_per_step=self.blocks_per_step,
             remat=self.remat,
             backpropagation_steps=self.backpropagation_steps,
+            scan_layers=self.scan_layers,
             **self.block_settings,
         )
         return config

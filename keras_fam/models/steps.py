@@ -7,17 +7,22 @@ the state that it started with (Sec. 3.1 takes such checkpoints for granted).
 import keras
 from keras import ops
 
+from keras_fam.models.layer_loop import SEEDS_PER_LAYER
 from keras_fam.ops.backend import remat
 from keras_fam.ops.dropout import fold
 from keras_fam.ops.scan import scan
 
-DEFAULT_BLOCKS = 4
+REMAT_BLOCKS = 4
+STEP_TOKENS = 4096  # outside of training: enough to keep any device busy
 
 
-def step_blocks(model):
+def step_blocks(model, training):
     """Blocks in a step of a backbone, or None if it takes all at once."""
-    stepped = model.remat or model.backpropagation_steps is not None
-    return model.blocks_per_step or (DEFAULT_BLOCKS if stepped else None)
+    if model.blocks_per_step:
+        return model.blocks_per_step
+    if training:  # what is stored for the backward pass grows with the input whatever the steps, unless `remat`
+        return REMAT_BLOCKS if model.remat or model.backpropagation_steps is not None else None
+    return max(1, STEP_TOKENS // model.block_size)
 
 
 def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training=False, keep_state=True):
@@ -42,7 +47,7 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
     if lengths is not None:
         xs["lengths"] = ops.clip(ops.expand_dims(lengths, 0) - ops.expand_dims(index * size, 1), 0, size)
     if seed is not None:
-        xs["seed"] = fold(seed, 1 + 4096 * model.num_layers * index)
+        xs["seed"] = fold(seed, 1 + SEEDS_PER_LAYER * model.num_layers * index)
     if every:
         xs["cut"] = ops.logical_and(ops.mod(index, every) == 0, index > 0)
     # Rows that fill whole blocks have no unfinished one to carry.

@@ -8,7 +8,13 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_fam.ops.backend import is_eager, platform, remat
 from keras_fam.ops.positions import rotate
+from keras_fam.ops.scan import scan
+
+# Bytes of softmax weights (float32). On a CPU, more than WHOLE_BYTES are computed in steps of about STEP_BYTES, which
+# stay in the cache: for 8k tokens of width 512 (S 256, m 1) that takes half the time (JAX, one core).
+WHOLE_BYTES, STEP_BYTES = 1 << 23, 1 << 20
 
 _records = []  # lists that `record_attention` has opened
 
@@ -27,8 +33,11 @@ def record_attention():
         _records.pop()
 
 
-def attend(query, key, value, mask=None, softcap=None):
+def attend(query, key, value, mask=None, softcap=None, visible=None):
     """Softmax attention of `query` over `key` and `value`.
+
+    On JAX and TensorFlow on a CPU, many rows and heads are computed a few at a time, and again in the backward pass,
+    so that memory for softmax weights is bounded by `STEP_BYTES` (and by one head of one row).
 
     Args:
         query: `[A, Q, N, H]`, already scaled.
@@ -36,51 +45,114 @@ def attend(query, key, value, mask=None, softcap=None):
         value: `[A, W, K, H]`.
         mask: None, or bool, broadcastable to `[A, Q, W]`; True where a query sees a key. Every query must see one.
         softcap: None, or c: logits become `c·tanh(logits / c)` before the mask (Gemma 2).
+        visible: None, or bool `[A, W]`: keys that no query of the row sees are False.
 
     Returns:
         `[A, Q, N, H]` in the dtype of `value`. The softmax is taken in float32 or wider.
     """
     if _records:
-        _record(query, key, value, mask, softcap)
-    if keras.backend.backend() == "torch" and softcap is None:
-        return _attend_torch(query, key, value, mask)
+        _record(query, key, value, mask, softcap, visible)
+    if softcap is None and fused_attention_exists():
+        return _attend_fused(query, key, value, mask, visible)
     # Heads first, and all queries of a key/value head in one matrix: plain batched products are the fastest everywhere.
-    kv_heads, count = key.shape[-2], ops.shape(query)[1]
+    kv_heads, count, width = key.shape[-2], ops.shape(query)[1], value.shape[-1]
     groups = query.shape[-2] // kv_heads
+    step = _step_size(query, key, mask)
     query = ops.transpose(split_heads(query, kv_heads), (0, 2, 3, 1, 4))
     query = ops.reshape(query, (-1, kv_heads, groups * count, query.shape[-1]))
     key, value = ops.transpose(key, (0, 2, 3, 1)), ops.transpose(value, (0, 2, 1, 3))
+    if step is None:
+        out = _attend_heads(query, key, value, mask, visible, softcap, groups)
+    else:
+        out = _attend_in_steps(query, key, value, mask, visible, softcap, groups, *step)
+    out = ops.reshape(out, (-1, kv_heads, groups, count, width))
+    return merge_heads(ops.transpose(out, (0, 3, 1, 2, 4)))
+
+
+def _attend_heads(query, key, value, mask, visible, softcap, groups):
+    """`[A, K, G·Q, H]` over `[A, K, H, W]` and `[A, K, W, H]`, to `[A, K, G·Q, H]`."""
     logits = softmax_ready(ops.matmul(query, key), softcap)
-    if mask is not None:
-        logits = ops.reshape(logits, (-1, kv_heads, groups, count, key.shape[-1]))
+    if mask is not None or visible is not None:
+        if mask is None or visible is None:
+            mask = ops.expand_dims(visible, 1) if mask is None else mask
+        else:
+            mask = ops.logical_and(mask, ops.expand_dims(visible, 1))
+        shape = ops.shape(logits)
+        logits = ops.reshape(logits, (*shape[:2], groups, shape[2] // groups, shape[3]))
         logits = masked(logits, ops.expand_dims(ops.expand_dims(mask, -3), -3))
-        logits = ops.reshape(logits, (-1, kv_heads, groups * count, key.shape[-1]))
+        logits = ops.reshape(logits, shape)
     # The division comes last: it is then over H numbers a query instead of over W.
     weights = ops.exp(logits - ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True)))
     total = ops.sum(weights, axis=-1, keepdims=True)
     out = ops.matmul(ops.cast(weights, value.dtype), value)
-    out = ops.cast(ops.cast(out, total.dtype) / total, value.dtype)
-    out = ops.reshape(out, (-1, kv_heads, groups, count, value.shape[-1]))
-    return merge_heads(ops.transpose(out, (0, 3, 1, 2, 4)))
+    return ops.cast(ops.cast(out, total.dtype) / total, value.dtype)
 
 
-def _record(query, key, value, mask, softcap):
+def _record(query, key, value, mask, softcap, visible):
     """Adds the weights of one call to the innermost list: the outputs for one-hot values."""
     open_lists, _records[:] = list(_records), []
     try:
         count = key.shape[1]
         one_hot = ops.broadcast_to(ops.eye(count, dtype=value.dtype)[None, :, None], (*key.shape[:3], count))
-        open_lists[-1].append(attend(query, key, one_hot, mask, softcap))
+        open_lists[-1].append(attend(query, key, one_hot, mask, softcap, visible))
     finally:
         _records[:] = open_lists
 
 
-def _attend_torch(query, key, value, mask):
+def _step_size(query, key, mask):
+    """`(rows, heads)` that are attended to at once, divisors of A and K; None for all of them."""
+    rows, count, keys, kv_heads = query.shape[0], query.shape[1], key.shape[1], key.shape[2]
+    if None in (rows, count, keys) or is_eager(query) or platform() != "cpu":
+        return None  # an accelerator wants much at once; outside of `jit` every step would be a program of its own
+    if mask is not None and len(mask.shape) > 2 and mask.shape[0] != 1:
+        return None
+    head = 4 * count * keys * (query.shape[2] // kv_heads)
+    if rows * kv_heads * head <= WHOLE_BYTES:
+        return None
+    fitting = max(1, STEP_BYTES // head)
+    if fitting < kv_heads:
+        return 1, max(k for k in range(1, fitting + 1) if kv_heads % k == 0)
+    return max(a for a in range(1, fitting // kv_heads + 1) if rows % a == 0), kv_heads
+
+
+def _attend_in_steps(query, key, value, mask, visible, softcap, groups, rows, heads):
+    """`_attend_heads`, `rows` rows and `heads` heads at a time."""
+    split = key.shape[1] // heads
+
+    def parts(x):
+        return ops.reshape(x, (-1, rows, heads, *x.shape[2:]))
+
+    xs = {"query": parts(query), "key": parts(key), "value": parts(value)}
+    if visible is not None:
+        xs["visible"] = ops.reshape(ops.repeat(visible, split, axis=0), (-1, rows, visible.shape[1]))
+
+    def compute(x):
+        return _attend_heads(x["query"], x["key"], x["value"], mask, x.get("visible"), softcap, groups)
+
+    again = remat(compute, [])
+    _, (out,) = scan(lambda carry, x: (carry, (again(x),)), (), xs, (xs["query"][0],))
+    return ops.reshape(out, (*query.shape[:-1], value.shape[-1]))
+
+
+def fused_attention_exists():
+    """Whether the backend has attention as one kernel on this device, for any mask."""
+    backend = keras.backend.backend()
+    # Not on TPU: there Keras' kernel reads the mask of the first row for all rows.
+    return backend == "torch" or (backend == "jax" and platform() == "gpu")
+
+
+def _attend_fused(query, key, value, mask, visible):
+    """torch's `scaled_dot_product_attention`; on JAX what Keras finds for the GPU (cuDNN or XLA)."""
+    if visible is not None:
+        visible = ops.expand_dims(visible, 1)
+        mask = visible if mask is None else ops.logical_and(mask, visible)
+    if mask is not None:
+        mask = ops.expand_dims(mask, -3)
+    if keras.backend.backend() != "torch":
+        return ops.dot_product_attention(query, key, value, mask=mask, scale=1.0)
     from torch.nn.functional import scaled_dot_product_attention
 
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if mask is not None:
-        mask = ops.expand_dims(mask, -3)
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=1.0, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -111,7 +183,18 @@ def masked(logits, mask):
 
 
 def attend_blocks(
-    query, keys, values, memory_key, memory_value, mask, *, segments, back, softcap=None, stop_gradient=False
+    query,
+    keys,
+    values,
+    memory_key,
+    memory_value,
+    mask,
+    *,
+    segments,
+    back,
+    visible=None,
+    softcap=None,
+    stop_gradient=False,
 ):
     """Tokens of whole blocks over their windows `[memories, m previous blocks, own block]`.
 
@@ -121,9 +204,10 @@ def attend_blocks(
         values: `[B, m+n, S, K, H]`.
         memory_key: None or `[B, n, P·F, K, H]`, the memories that each block reads.
         memory_value: likewise.
-        mask: bool, broadcastable to `[B, n, S, P·F + (m+1)·S]`.
+        mask: bool `[S, P·F + (m+1)·S]`, the same for all blocks.
         segments: m.
         back: function from j to the rotation of a key that is read j blocks later (`BlockPositions.back`).
+        visible: None, or bool `[1 or B, n, P·F + (m+1)·S]`: keys that exist for a block.
         softcap: see `attend`.
         stop_gradient: whether no gradient flows into the previous blocks' keys and values (M1_SG).
 
@@ -145,11 +229,9 @@ def attend_blocks(
 
     key = merge(ops.concatenate(key_parts, axis=2) if len(key_parts) > 1 else key_parts[0])
     value = merge(ops.concatenate(value_parts, axis=2) if len(value_parts) > 1 else value_parts[0])
-    if mask.shape[0] == 1 and mask.shape[1] == 1:
-        mask = mask[0]
-    else:
-        mask = merge(ops.broadcast_to(mask, (*ops.shape(query)[:2], *ops.shape(mask)[2:])))
-    out = attend(merge(query), key, value, mask, softcap)
+    if visible is not None:
+        visible = merge(ops.broadcast_to(visible, (*ops.shape(query)[:2], visible.shape[2])))
+    out = attend(merge(query), key, value, ops.expand_dims(mask, 0), softcap, visible)
     return ops.reshape(out, ops.shape(query))
 
 

@@ -18,6 +18,23 @@ def is_eager(x):
     return type(x).__name__ != "FakeTensor"
 
 
+def platform():
+    """`"cpu"`, `"gpu"` or `"tpu"`: where programs run (one that is made for another machine is made as for this)."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.default_backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        kinds = {device.device_type.lower() for device in tf.config.list_logical_devices()}
+        return next((kind for kind in ("tpu", "gpu") if kind in kinds), "cpu")
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
 def value_and_gradient(function, x):
     """`function(x)` and its gradient, for a float tensor `x` and a function with a scalar result."""
     backend = keras.backend.backend()

@@ -115,7 +115,14 @@ def slot_memories(position, visible, num_blocks, block_size, fam_length, max_vis
     return ops.logical_and(ops.expand_dims(own, -1), ops.expand_dims(rows, 1))
 
 
-def join(first, second):
-    """Two masks over different keys, side by side: all axes but the last are broadcast against each other."""
-    first = ops.logical_or(first, ops.zeros_like(second[..., :1], dtype="bool"))
-    return ops.concatenate([first, ops.logical_or(second, ops.zeros_like(first[..., :1], dtype="bool"))], axis=-1)
+def join(first, second, first_width, second_width):
+    """Which keys exist, side by side: bool `[B, n, first_width]` and `[B, n, second_width]`; None stands for all."""
+    if first is None and second is None:
+        return None
+
+    def all_of(width, other):
+        return ops.ones((*ops.shape(other)[:-1], width), "bool")
+
+    first = all_of(first_width, second) if first is None else first
+    second = all_of(second_width, first) if second is None else second
+    return ops.concatenate([first, second], axis=-1)

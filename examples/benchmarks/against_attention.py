@@ -1,0 +1,186 @@
+"""TransformerFAM against the same model without memory (BSWA) and against full attention: prefill, train step, memory.
+
+    python examples/benchmarks/against_attention.py --systems fam,bswa --block-size 1024 --memory-segments 3 \
+        --fam-length 64 --tokens 32768 --layers 4 --remat --out out/bswa.json
+    python examples/benchmarks/against_attention.py --systems fam,full --tokens 16384 --layers 2 --out out/full.json
+
+Width, layers, heads and feed-forward are the same. In one process per backend, the systems are timed in turns and
+medians are compared: prefill is a whole sequence from a fresh start, with the state that decoding would go on from
+(full attention: outputs alone); a train step is `train_on_batch` with Adam. Peak memory is the largest resident memory
+of a process of its own for each system, backend and kind of run. Operations are counted from the sizes: products
+alone, the window of a token as it is computed, full attention once as the whole square and once without the hidden
+half.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import measuring
+import numpy as np
+
+SYSTEMS = ("fam", "bswa", "full")
+
+
+def build(system, args):
+    """A built model from token ids `[1, T]` to hidden states, its prefill function, and itself as trainable model."""
+    import keras
+
+    sizes = {"layers": args.layers, "width": args.width, "heads": args.heads, "intermediate": args.intermediate}
+    keras.utils.set_random_seed(0)
+    if system == "full":
+        from stock_attention import full_attention_model
+
+        model = full_attention_model(vocabulary=args.vocabulary, tokens=args.tokens, **sizes)
+        return model, model, {}
+    import keras_fam
+
+    backbone = keras_fam.TransformerFAMBackbone(
+        args.vocabulary,
+        args.layers,
+        args.width,
+        args.heads,
+        args.intermediate,
+        block_size=args.block_size,
+        memory_segments=args.memory_segments,
+        fam_length=args.fam_length if system == "fam" else 0,
+        fam_feedback=args.fam_feedback,
+        blocks_per_step=args.blocks_per_step,
+        remat=args.remat,
+    )
+    backbone.build()
+    inputs = keras.Input((args.tokens,), dtype="int32")
+    return keras.Model(inputs, backbone(inputs)), backbone, {"return_state": True}
+
+
+def prefill(system, args, ids):
+    """A function of no arguments that reads the tokens, compiled as the backend does it, and waits."""
+    import keras
+
+    from keras_fam.ops.backend import compiled
+
+    _, model, options = build(system, args)
+    ids = keras.ops.convert_to_tensor(ids)
+    run = compiled(lambda ids: model(ids, training=False, **options), lambda: model.variables)
+
+    def call():
+        outputs = run(ids)
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        return float(keras.ops.convert_to_numpy(outputs[0, -1, 0]))
+
+    return call
+
+
+def train(system, args, ids):
+    """A function of no arguments that makes one train step and returns the loss."""
+    import keras
+
+    model, _, _ = build(system, args)
+    model.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mean_squared_error")
+    ids = keras.ops.convert_to_tensor(ids)
+    targets = keras.ops.zeros((*ids.shape, args.width))
+    return lambda: float(model.train_on_batch(ids, targets, return_dict=True)["loss"])
+
+
+KINDS = {"prefill": prefill, "train": train}
+
+
+def operations(args):
+    """Operations of a forward pass per token and layer, from the sizes: products alone."""
+    D, S, m, T = args.width, args.block_size, args.memory_segments, args.tokens
+    weights = 4 * D * D + 3 * D * args.intermediate
+
+    def layer(rows_per_token, keys):
+        return 2 * weights * (1 + rows_per_token) + 4 * D * keys
+
+    F = args.fam_length
+    found = {
+        "fam": layer(F / S, F + (m + 1) * S) + 4 * D * (F + S) * F / S,
+        "bswa": layer(0, (m + 1) * S),
+        "full, whole square": layer(0, T),
+        "full, hidden half skipped": layer(0, T / 2),
+    }
+    return {name: {"per token and layer": n, "over fam": n / found["fam"]} for name, n in found.items()}
+
+
+def child(args):
+    ids = np.random.default_rng(0).integers(0, args.vocabulary, (1, args.tokens)).astype("int32")
+    if args.memory_of:
+        system, kind = args.memory_of.split(":")
+        run = KINDS[kind](system, args, ids)
+        run()
+        built = measuring.peak_mib()
+        run()
+        return {"first run": built, "peak MiB": measuring.peak_mib()}
+    result = {}
+    for kind in args.what:
+        functions = {system: KINDS[kind](system, args, ids) for system in args.systems}
+        result[kind] = measuring.take_turns(functions, args.repeats)
+        del functions
+    return result
+
+
+def main(argv):
+    def words(text):
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", type=words, default=["fam", "full"], help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--what", type=words, default=["prefill", "train"])
+    parser.add_argument("--backends", type=words, default=["jax", "torch"])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, help="default: width / 64")
+    parser.add_argument("--intermediate", type=int, help="default: 2 * width")
+    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--memory-segments", type=int, default=1)
+    parser.add_argument("--fam-length", type=int, default=32)
+    parser.add_argument("--fam-feedback", default="residual")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--vocabulary", type=int, default=256)
+    parser.add_argument("--blocks-per-step", type=int)
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true", help="times alone")
+    parser.add_argument("--no-times", action="store_true", help="peak memory alone")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", help="where to write a JSON file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.heads = args.heads or max(1, args.width // 64)
+    args.intermediate = args.intermediate or 2 * args.width
+    if args.child:
+        measuring.use_cores(args.threads)
+        Path(args.child).write_text(json.dumps(child(args)))
+        return
+    first = args.systems[0]
+    settings = {name: value for name, value in vars(args).items() if name not in ("child", "memory_of", "out")}
+    result = {"settings": settings, "machine": measuring.machine(args.threads), "operations": operations(args)}
+    result["versions"] = measuring.versions("keras", *args.backends)
+    for backend in args.backends:
+        found = {} if args.no_times else measuring.run_child(__file__, argv, backend, args.threads)
+        for kind in args.what:
+            peaks = {}
+            for system in [] if args.no_memory else args.systems:
+                of = [*argv, "--memory-of", f"{system}:{kind}"]
+                peaks[system] = measuring.run_child(__file__, of, backend, args.threads)["peak MiB"]
+            found.setdefault(kind, {})
+            for system in args.systems:
+                entry = found[kind].setdefault(system, {})
+                if peaks:
+                    entry["peak MiB"] = peaks[system]
+            for quantity in ("median", "peak MiB"):
+                ours = found[kind][first].get(quantity)
+                for system in args.systems[1:] if ours else []:
+                    ratio = found[kind][system][quantity] / ours
+                    found[kind].setdefault("ratios", {})[f"{quantity}: {system} / {first}"] = ratio
+                    print(f"{backend} {kind} {quantity}: {first} {ours:.4g}, {system} {ratio * ours:.4g}: {ratio:.3f}")
+        result[backend] = found
+        measuring.write(result, args.out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,89 @@
+"""What the benchmarks share: timing in turns, peak memory, child processes, the machine, JSON."""
+
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from statistics import median
+from time import perf_counter
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def seconds(function):
+    """Seconds that one call of a function of no arguments takes."""
+    start = perf_counter()
+    function()
+    return perf_counter() - start
+
+
+def take_turns(functions, repeats, *, warm=True, timer=seconds):
+    """Times functions of no arguments in turns, so that a busy machine slows all of them.
+
+    Args:
+        functions: `{name: function}`.
+        repeats: rounds; every second round runs in the opposite order.
+        warm: whether each is called once before, unmeasured.
+        timer: what is recorded of a function; its seconds by default.
+
+    Returns:
+        `{name: {"median", "min", "all"}}`.
+    """
+    times = {name: [] for name in functions}
+    if warm:
+        for function in functions.values():
+            function()
+    for i in range(repeats):
+        for name in list(functions)[:: 1 if i % 2 == 0 else -1]:
+            times[name].append(timer(functions[name]))
+    return {name: {"median": median(t), "min": min(t), "all": t} for name, t in times.items()}
+
+
+def peak_mib():
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def cpu_name():
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def machine(threads=None):
+    """What a figure has to stand beside: processor, cores, threads used, platform."""
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "platform": platform.platform()}
+
+
+def versions(*packages):
+    return {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}
+
+
+def use_cores(threads):
+    """Pins this process to its first `threads` cores; before a backend is imported."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def run_child(script, argv, backend, threads):
+    """Runs `script argv --child FILE` in a new process under `backend`; returns the JSON that it writes to FILE."""
+    env = {"OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "KERAS_BACKEND": backend}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    env["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "result.json"
+        subprocess.run([sys.executable, script, *argv, "--child", str(out)], env=env, check=True)
+        return json.loads(out.read_text())
+
+
+def write(result, out):
+    """Writes a result as JSON to the file `out`, unless that is None."""
+    if out:
+        pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(out).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,61 @@
+"""Equal layers as one compiled loop: the program is compiled once for all of them."""
+
+import keras
+from keras import ops
+
+from keras_fam.ops.dropout import fold
+from keras_fam.ops.scan import scan
+from keras_fam.sharding import shard_output
+
+SEEDS_PER_LAYER = 4096  # layer i of a model draws from seeds 4096·i on
+
+
+def advance_in_loop(blocks, x, state, *, seed=None, rider=None, keep_state=True, **options):
+    """What calling `advance_layer` of one block after the other gives.
+
+    The weights of all layers are stacked, which copies them once per call.
+
+    Args:
+        blocks: `TransformerFAMBlock`s of equal settings.
+        x: `[B, T, D]`.
+        state: `StreamState` with one `LayerState` per block.
+        seed: None, or an integer tensor `[2]`.
+        rider: see `keras_fam.layers.reading.advance_layer`; likewise `keep_state` and `options`.
+
+    Returns:
+        `(y, layers)`: `[B, T, D]`, and the list of the new `LayerState`s (of None unless `keep_state`).
+    """
+    first, layer_state = blocks[0], state.layers[0]
+    weights = [[w.value for w in block.weights] for block in blocks]
+    states = [keras.tree.flatten(layer) for layer in state.layers]
+    xs = {"index": ops.arange(len(blocks), dtype="int32")}
+    xs |= {f"weight_{j}": ops.stack(same) for j, same in enumerate(zip(*weights, strict=True))}
+    xs |= {f"state_{j}": ops.stack(same) for j, same in enumerate(zip(*states, strict=True))}
+    parts, rider_given = len(states[0]), rider is not None
+
+    def step(carry, given):
+        x, rider = carry if rider_given else (carry, None)
+        mapping = [(v, given[f"weight_{j}"]) for j, v in enumerate(first.weights)]
+        layer = keras.tree.pack_sequence_as(layer_state, [given[f"state_{j}"] for j in range(parts)])
+        with keras.StatelessScope(state_mapping=mapping):
+            y, new, rider = first.advance_layer(
+                x,
+                layer,
+                state.cursor,
+                seed=fold(seed, SEEDS_PER_LAYER * given["index"]),
+                rider=rider,
+                keep_state=keep_state,
+                **options,
+            )
+        y = shard_output(y, first)
+        kept = tuple(keras.tree.flatten(new)) if keep_state else ()
+        return ((y, rider) if rider_given else y), kept
+
+    if rider_given:  # the rows that a layer hands on have one shape and dtype in all layers
+        like = layer_state.fam
+        rider = ops.cast(ops.broadcast_to(rider, ops.shape(like)), like.dtype)
+    carry, kept = scan(step, (x, rider) if rider_given else x, xs, tuple(states[0]) if keep_state else ())
+    y = carry[0] if rider_given else carry
+    if not keep_state:
+        return y, [None] * len(blocks)
+    return y, [keras.tree.pack_sequence_as(layer_state, [part[i] for part in kept]) for i in range(len(blocks))]

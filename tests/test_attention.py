@@ -1,0 +1,79 @@
+"""One attention function, several ways of computing it: all at once, a few rows and heads at a time, fused."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_fam.ops import attention
+from keras_fam.ops.backend import compiled, value_and_gradient
+
+BACKEND = keras.backend.backend()
+ROWS, QUERIES, KEYS, HEADS, WIDTH = 6, 3, 5, 4, 2
+HEAD_BYTES = 4 * QUERIES * KEYS  # softmax weights of one head of one row
+
+
+def result(monkeypatch, kv_heads, softcap, *, step_bytes, fused):
+    """Outputs, and the gradient of their weighted sum with respect to queries, keys and values."""
+    monkeypatch.setattr(attention, "STEP_BYTES", step_bytes)
+    monkeypatch.setattr(attention, "WHOLE_BYTES", step_bytes)
+    monkeypatch.setattr(attention, "fused_attention_exists", lambda: fused)
+    rng = np.random.default_rng(0)
+    shapes = [(ROWS, QUERIES, HEADS, WIDTH), (ROWS, KEYS, kv_heads, WIDTH), (ROWS, KEYS, kv_heads, WIDTH)]
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    packed = ops.convert_to_tensor(rng.normal(size=ends[-1]).astype("float32"))
+    weights = ops.convert_to_tensor(rng.normal(size=shapes[0]).astype("float32"))
+    mask = np.tril(np.ones((QUERIES, KEYS), bool), KEYS - QUERIES)[None]
+    visible = rng.uniform(size=(ROWS, KEYS)) < 0.6
+    visible[:, 0] = True
+
+    def attend(packed):
+        parts = (packed[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
+        query, key, value = (ops.reshape(x, s) for x, s in zip(parts, shapes, strict=True))
+        seen = ops.convert_to_tensor(visible)
+        return attention.attend(query, key, value, ops.convert_to_tensor(mask), softcap, seen)
+
+    def both(packed):
+        return attend(packed), value_and_gradient(lambda x: ops.sum(attend(x) * weights), packed)[1]
+
+    found = both(packed) if BACKEND == "torch" else compiled(both, list)(packed)
+    return [ops.convert_to_numpy(x) for x in found]
+
+
+@pytest.mark.parametrize("kv_heads, softcap", [(4, None), (2, None), (1, 2.0)])
+def test_every_way_gives_the_same(monkeypatch, kv_heads, softcap):
+    expected = result(monkeypatch, kv_heads, softcap, step_bytes=1 << 30, fused=False)
+    groups = HEADS // kv_heads
+    ways = {  # one head; two heads, or two rows of one; three rows
+        "head": {"step_bytes": 1, "fused": False},
+        "heads": {"step_bytes": 2 * groups * HEAD_BYTES, "fused": False},
+        "rows": {"step_bytes": 3 * HEADS * HEAD_BYTES, "fused": False},
+    }
+    if BACKEND != "tensorflow":
+        ways["fused"] = {"step_bytes": 1, "fused": True}
+    for name, way in ways.items():
+        for ours, theirs in zip(result(monkeypatch, kv_heads, softcap, **way), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=f"{BACKEND} {name}")
+
+
+def test_steps_fit_the_bytes(monkeypatch):
+    if BACKEND == "torch":
+        pytest.skip("torch has a fused kernel")
+    sizes = []
+
+    def heads(query, *args):
+        sizes.append(tuple(query.shape[:2]))
+        return computed(query, *args)
+
+    computed = attention._attend_heads
+    monkeypatch.setattr(attention, "_attend_heads", heads)
+    for step_bytes, expected in (
+        (1, (1, 1)),
+        (2 * HEAD_BYTES, (1, 2)),
+        (3 * HEAD_BYTES, (1, 2)),
+        (13 * HEAD_BYTES, (3, 4)),
+        (24 * HEAD_BYTES, (6, 4)),
+    ):
+        sizes.clear()
+        result(monkeypatch, 4, None, step_bytes=step_bytes, fused=False)
+        assert set(sizes) == {expected}, f"{BACKEND}: {step_bytes} bytes"
