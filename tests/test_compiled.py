@@ -94,3 +94,5 @@ def test_layers_as_a_loop_hand_on_the_same_state():
 def test_layers_as_a_loop_are_equal():
     with pytest.raises(ValueError, match="equal"):
         model(scan_layers=True, layer_settings=[{}, {"memory_segments": 0}])
+    with pytest.raises(ValueError, match="hands the top layer's memory"):
+        model(scan_layers=True, fam_recurrence="stack", memory_segments=0)
