@@ -9,6 +9,7 @@ from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.models.backbone import TransformerFAMBackbone
 from keras_fam.models.causal_lm import TransformerFAMCausalLM
 from keras_fam.models.presets import preset
+from keras_fam.noise import NoiseRamp
 from keras_fam.state import Cursor, LayerState, StreamState
 from keras_fam.streaming import StreamingModel
 
@@ -17,6 +18,7 @@ __all__ = [
     "Cursor",
     "FeedbackAttention",
     "LayerState",
+    "NoiseRamp",
     "RandomStatePassing",
     "StreamState",
     "StreamingModel",

@@ -10,7 +10,18 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
-    *("ops.backend", "state", "ops", "layers", "session_file", "sessions", "sampling", "generation", "carried"),
+    *(
+        "ops.backend",
+        "state",
+        "ops",
+        "layers",
+        "session_file",
+        "sessions",
+        "sampling",
+        "generation",
+        "carried",
+        "noise",
+    ),
     *("streaming", "completion", "models", "data", "checks", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/scan.py", "ops/attention.py"}

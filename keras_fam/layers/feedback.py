@@ -170,9 +170,21 @@ def _update(layer, memory, x, static, norm, write, project):
     if layer.fam_feedback == "normalized":
         fam = fam * ops.rsqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True) + RMS_EPSILON)
     if layer.fam_noise and "seed" in x:
-        size = layer.fam_noise * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
+        size = layer.fam_noise * ops.cast(layer.noise_scale, fam.dtype)
+        if layer.fam_feedback != "binary":
+            size = size * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
         fam = fam + size * noise(ops.shape(fam), fam.dtype, fold(x["seed"], 3))
+    if layer.fam_feedback == "binary":
+        fam = _signs(fam)
     return _read_for_next_block(layer, memory, fam, static, norm, project, x.get("start"))
+
+
+def _signs(fam):
+    """1 or −1 for every number. Gradients pass as if nothing had been done, where |fam| ≤ 2: that is as far as an
+    update has to go to turn a number round, and a little further."""
+    clipped = ops.clip(fam, -2.0, 2.0)
+    signs = ops.cast(ops.where(fam >= 0, 1.0, -1.0), fam.dtype)
+    return clipped + ops.stop_gradient(signs - clipped)
 
 
 def _read_for_next_block(layer, memory, fam, static, norm, project, start):

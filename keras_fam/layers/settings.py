@@ -3,7 +3,7 @@
 FAM_POSITIONS = ("last", "float", "zero")
 FAM_QUERY_POSITIONS = ("previous", "current")
 FAM_QUERIES = ("feedback", "static")
-FAM_FEEDBACKS = ("residual", "normalized")
+FAM_FEEDBACKS = ("residual", "normalized", "binary")
 INITIAL_FAMS = ("prompt", "prefix", "summary")
 NORMS = ("rms_norm", "offset_rms_norm", "layer_norm")
 QUERY_KEY_NORMS = ("rms_norm", "offset_rms_norm")
