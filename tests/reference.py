@@ -28,7 +28,7 @@ DEFAULTS = {
     "fam_query": "feedback",  # "static": SUM FAM (App. C.3)
     "fam_position": "last",  # "last" | "float" | "zero" (App. B.2)
     "fam_query_position": "previous",  # "previous" | "current"
-    "fam_feedback": "residual",  # "residual" | "normalized"
+    "fam_feedback": "residual",  # "residual" | "normalized" | "binary"
     "initial_fam": "prompt",  # "prompt" | "summary" | "prefix" (App. B.1)
     "stop_memory_gradient": False,  # has no effect on values; see `frozen` of `layer`
     "activation": "silu",
@@ -269,6 +269,8 @@ def write_memory(row, rider, weights, cfg, position_offset):
     no_residual = row.fresh and row.memories  # riders keep theirs: they are the stream of the layer below
     residual = np.zeros_like(asking) if no_residual else asking  # "FAM copy"
     fam = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
+    if cfg["fam_feedback"] == "binary":
+        return np.where(fam >= 0, 1.0, -1.0)
     return rms_norm(fam, 1.0, 1e-6) if cfg["fam_feedback"] == "normalized" else fam
 
 

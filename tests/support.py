@@ -52,6 +52,7 @@ VARIANTS = {
     "zero_static": {"fam_position": "zero", "fam_query": "static", "num_visible_memories": 2},
     "current": {"fam_query_position": "current"},
     "normalized": {"fam_feedback": "normalized"},
+    "binary": {"fam_feedback": "binary"},
     "softcap": {"attention_softcap": 2.0, "attention_scale": 0.7},
     "query_key_norm": {"use_query_key_norm": True, "query_key_norm_epsilon": 1e-5},
     "post_norm": {"use_post_norm": True},

@@ -45,7 +45,7 @@ WRONG_SETTINGS = [
     ({"fam_position": "first"}, ["`fam_position` is one of 'last', 'float', 'zero'", "received 'first'"]),
     ({"fam_query_position": "next"}, ["`fam_query_position` is one of 'previous', 'current'", "received 'next'"]),
     ({"fam_query": "dynamic"}, ["`fam_query` is one of 'feedback', 'static'", "received 'dynamic'"]),
-    ({"fam_feedback": "none"}, ["`fam_feedback` is one of 'residual', 'normalized'", "received 'none'"]),
+    ({"fam_feedback": "none"}, ["`fam_feedback` is one of 'residual', 'normalized', 'binary'", "received 'none'"]),
     ({"rope_wavelength": 0}, ["`rope_wavelength` is a positive number", "received 0"]),
     ({"rope_scaling": {"type": "yarn"}}, ["`rope_scaling`", "'linear' or 'llama3'", "yarn"]),
     ({"attention_scale": -1.0}, ["`attention_scale` is a positive number", "received -1.0"]),

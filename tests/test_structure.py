@@ -11,8 +11,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
     *("ops.backend", "state", "sharding", "ops", "layers", "session_file", "sessions", "sampling", "generation"),
-    *("follow", "carried", "streaming", "completion", "models", "data", "training", "checks", "evaluation"),
-    *("visualize", "export", "hub", ""),
+    *("follow", "carried", "noise", "streaming", "completion", "models", "data", "training", "checks"),
+    *("evaluation", "visualize", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}

@@ -4,9 +4,12 @@ import keras
 import numpy as np
 import pytest
 import reference
+import support
 from keras import ops
-from support import ORACLE, SPLIT, close, numpy, relative
+from support import ORACLE, SPLIT, close, gradients, numpy, relative
 from test_model import TOKENS, L, V, make
+
+import keras_fam
 
 ROWS = np.tile(TOKENS[:1], (8, 1))  # eight rows of the same tokens: what differs between them was drawn
 
@@ -97,6 +100,47 @@ def test_noise_on_the_memory():
         fam = numpy(without.fam)
         ratio = np.sqrt(np.mean((numpy(layer.fam) - fam) ** 2, axis=-1) / np.mean(fam**2, axis=-1))
         assert abs(ratio.mean() - 0.1) < 0.03  # of each row's own size
+
+
+def test_binary_memory():
+    """Signs alone are kept: small updates leave no trace, and gradients pass straight through them."""
+    block = support.make(fam_feedback="binary", memory_segments=0)[0]
+    x = np.random.default_rng(3).normal(size=(2, 12, support.HIDDEN_DIM)).astype("float32")
+    state = block(x[:, :4], return_state=True)[1]
+    fam = numpy(state.layers[0].fam)
+    np.testing.assert_array_equal(np.abs(fam), 1)
+
+    def last_block(first):
+        return ops.sum(block(ops.concatenate([first, x[:, 4:]], axis=1))[:, 8:])
+
+    (gradient,) = gradients(last_block, [ops.convert_to_tensor(x[:, :4])])
+    assert np.abs(numpy(gradient)).max() > 1e-4  # through two updates
+    for dense in (block.attention.output_projection, block.down):
+        dense.kernel.assign(0.01 * dense.kernel)
+    after = block(x[:, 4:], initial_state=state, return_state=True)[1]
+    np.testing.assert_array_equal(numpy(after.layers[0].fam), fam)
+
+
+def test_noise_ramp():
+    """The share of the noise in force, epoch by epoch; a whole share where no ramp is used."""
+    lm = make(fam_noise=0.5, fam_feedback="binary")[0]
+    scales = [block.attention.noise_scale for block in lm.backbone.blocks]
+    assert [float(numpy(scale)) for scale in scales] == [1.0] * L
+    seen = []
+    look = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(float(numpy(scales[-1]))))
+    lm.compile()
+    lm.fit(TOKENS, TOKENS, epochs=4, verbose=0, callbacks=[keras_fam.NoiseRamp(1, 3), look])
+    assert seen == [0.0, 0.0, 0.5, 1.0]
+    lm.backbone.blocks[0].attention.noise_scale.assign(0.0)
+    silent = [numpy(lm.backbone(TOKENS[:, :4], return_state=True, training=True)[1].layers[0].fam) for _ in range(2)]
+    np.testing.assert_array_equal(*silent)
+    for start, stop in ((-1, 2), (2, 2)):
+        with pytest.raises(ValueError, match=f"received {start} and {stop}"):
+            keras_fam.NoiseRamp(start, stop)
+    plain = make()[0]
+    plain.compile()
+    with pytest.raises(ValueError, match="fam_noise"):
+        plain.fit(TOKENS, TOKENS, verbose=0, callbacks=[keras_fam.NoiseRamp(0, 1)])
 
 
 def test_layers_with_settings_of_their_own():

@@ -46,9 +46,12 @@ class FeedbackAttention(StreamingLayer):
         fam_position: where memory rows stand: `"last"`, `"float"` or `"zero"` (App. B.2).
         fam_query_position: `"previous"` (as its key) or `"current"` (the tail of the block being compressed).
         fam_query: `"feedback"` copies the memory into the query; `"static"` asks with F_0 every time (SUM FAM, C.3).
-        fam_feedback: `"residual"` feeds F_τ back as it comes (the paper); `"normalized"` divides each row by its RMS.
+        fam_feedback: `"residual"` feeds F_τ back as it comes (the paper); `"normalized"` divides each row by its RMS;
+            `"binary"` keeps the sign of every number alone, so that an update below 1 leaves no trace and nothing
+            adds up (gradients pass straight through). The last two are additions of this project.
         fam_noise: standard deviation of Gaussian noise on every new memory in training, relative to each row's RMS (an
-            addition of this project: a memory that survives noise keeps what it holds for longer).
+            addition of this project: a memory that survives noise keeps what it holds for longer). With `"binary"` it
+            is added before the sign is taken, and in absolute terms. `NoiseRamp` lets it grow during training.
         fam_recurrence: `"layer"`: a layer's memory feeds back into the same layer (Alg. 2); `"stack"`: the rows ride
             up the whole stack with their block, and what the top layer writes is the bottom layer's input one block
             later (RMT, Fig. 7). `"stack"` needs a `TransformerFAMBackbone`.
@@ -174,6 +177,11 @@ class FeedbackAttention(StreamingLayer):
             self.key_norm = NORMS[self.query_key_norm](name="key_norm", **norm)
             self.query_norm.build((None, None, self.num_query_heads, self.head_dim))
             self.key_norm.build((None, None, self.num_key_value_heads, self.head_dim))
+        self.noise_scale = None
+        if self.fam_length and self.fam_noise:
+            self.noise_scale = self.add_weight(
+                shape=(), dtype="float32", initializer="ones", trainable=False, autocast=False, name="noise_scale"
+            )
         self.initial_fam_rows = None
         if self.fam_length and self.own_initial_fam:
             self.initial_fam_rows = self.add_weight(

@@ -198,9 +198,11 @@ def fed_back(layer, fam, seed=None):
     if layer.fam_feedback == "normalized":
         fam = fam * ops.rsqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True) + RMS_EPSILON)
     if layer.fam_noise and seed is not None:
-        size = layer.fam_noise * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
+        size = layer.fam_noise * ops.cast(layer.noise_scale, fam.dtype)
+        if layer.fam_feedback != "binary":
+            size = size * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
         fam = fam + size * noise(ops.shape(fam), fam.dtype, seed)
-    return fam
+    return _signs(fam) if layer.fam_feedback == "binary" else fam
 
 
 def ride_up(layer, state, key, value, hooks, rider):
@@ -228,6 +230,14 @@ def ride_up(layer, state, key, value, hooks, rider):
     value = ops.concatenate([state.fam_value, own_value, value], axis=1)
     attended = layer.project_output(attend(query, key, value, None, layer.attention_softcap))
     return hooks.write(attended, rider, fold(hooks.seed, 2))
+
+
+def _signs(fam):
+    """1 or −1 for every number. Gradients pass as if nothing had been done, where |fam| ≤ 2: that is as far as an
+    update has to go to turn a number round, and a little further."""
+    clipped = ops.clip(fam, -2.0, 2.0)
+    signs = ops.cast(ops.where(fam >= 0, 1.0, -1.0), fam.dtype)
+    return clipped + ops.stop_gradient(signs - clipped)
 
 
 def _read_for_next_block(layer, memory, fam, static, norm, project, start):

@@ -3,7 +3,7 @@
 FAM_POSITIONS = ("last", "float", "zero")
 FAM_QUERY_POSITIONS = ("previous", "current")
 FAM_QUERIES = ("feedback", "static")
-FAM_FEEDBACKS = ("residual", "normalized")
+FAM_FEEDBACKS = ("residual", "normalized", "binary")
 FAM_RECURRENCES = ("layer", "stack")
 SEGMENT_SOURCES = ("inputs", "outputs")
 INITIAL_FAMS = ("prompt", "prefix", "summary")

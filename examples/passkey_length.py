@@ -1,0 +1,308 @@
+"""PassKey with the key anywhere in real prose, streamed to a thousand times the longest text trained on.
+
+Trains TransformerFAM by the recipe for length, with the paper's memory, and TransformerBSWA, several seeds each, on
+carried state: a step reads the next two blocks of every row's text and asks for the key on the side, if it has been
+stated. Then held-out prose is streamed at constant memory, with keys at uniformly random places of texts of each
+length, and the question at the end, in a block of its own. Each answer is also asked for with the memory zeroed, frozen
+at F_0, and shuffled between rows before that block. Without memory segments all that the block sees of the text is the
+memory, so zeroing it there gives the numbers of zeroing it after every block.
+
+Goes on where an earlier call with the same `--out` stopped: weights and measured lengths are kept there, so that models
+and lengths can be spread over calls, and the lengths be measured without training from weights that are there.
+
+    python examples/passkey_length.py --backend jax --out out/passkey_length
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+BLOCK, CHUNK, LONGEST = 32, 2, 16  # tokens in a block; blocks in a training step; steps in the longest training text
+BATCH, GROUPS, SHORT = 32, 4, 3  # rows; groups of them with texts of their own; steps in the longest short text
+EPOCH = 100  # steps
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
+    parser.add_argument("--models", nargs="+", choices=["recipe", "paper", "bswa"], default=["recipe", "paper", "bswa"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000], help="of LONGEST")
+    parser.add_argument("--rows", type=int, default=64, help="texts of each length and seed")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--digits", type=int, default=4)
+    parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
+    parser.add_argument("--fam-noise", type=float, default=0.5, help="of the recipe")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
+    parser.add_argument("--draw", action="store_true", help="only put together what is there")
+    return parser.parse_args()
+
+
+ARGS = arguments()
+os.environ["KERAS_BACKEND"] = ARGS.backend
+
+import keras  # noqa: E402  (the backend is chosen before)
+import numpy as np  # noqa: E402
+from keras import ops  # noqa: E402
+from passkey_parts import KNOCK_OUTS, ReadingOn, knock_out  # noqa: E402
+
+import keras_fam  # noqa: E402
+from keras_fam.data import PassKey  # noqa: E402
+from keras_fam.data.passkey import QUESTION  # noqa: E402
+from keras_fam.ops.backend import compiled  # noqa: E402
+
+MODELS = {
+    "recipe": (
+        f"FAM ({ARGS.fam_feedback}, noise)",
+        {"fam_feedback": ARGS.fam_feedback, "fam_noise": ARGS.fam_noise},
+    ),
+    "paper": ("FAM (paper)", {}),
+    "bswa": ("BSWA", {"fam_length": 0}),
+}
+
+
+def make_task(seed=0):
+    return PassKey(digits=ARGS.digits, key_position="anywhere", vocabulary_size=400, seed=seed)
+
+
+def question_tokens(task):
+    """Tokens of the question and its answer."""
+    return len(task.tokenizer.encode(QUESTION)) + ARGS.digits
+
+
+def texts(task, rng, longest):
+    """Steps `(chunk, is_first, keys, whether they are known)` of one text after another, without end.
+
+    `longest()` is how many steps the longest text may have by now.
+    """
+    rows, tokens = BATCH // GROUPS, CHUNK * BLOCK
+    while True:
+        count = rng.integers(1, longest() + 1)
+        text = task.batch(rows, total_tokens=count * tokens + question_tokens(task), seed=rng)
+        for i in range(count):
+            chunk = text["token_ids"][:, i * tokens : (i + 1) * tokens]
+            yield chunk, np.full(rows, i == 0), text["keys"], text["statement_ends"] <= (i + 1) * tokens
+
+
+def training_steps(task, seed):
+    """Batches without end: the next chunk of every row's text, and the question about the key.
+
+    The length of the texts starts at one step and grows to `LONGEST`; half of the groups stay with short texts, so that
+    keys are written often. As long as the key has not been stated, the question has no weight.
+    """
+    growing = 1.0
+    groups = [
+        texts(
+            task,
+            np.random.default_rng([seed, group]),
+            (lambda: int(min(growing, SHORT))) if group % 2 == 0 else (lambda: int(growing)),
+        )
+        for group in range(GROUPS)
+    ]
+    question = np.tile(task.tokenizer.encode(QUESTION), (BATCH, 1))
+    step = 0
+    while True:
+        growing = 1 + (LONGEST - 1) * min(max((step / ARGS.steps - 0.25) / 0.35, 0.0), 1.0)
+        parts = zip(*(next(group) for group in groups), strict=True)
+        chunk, first, keys, known = (np.concatenate(part) for part in parts)
+        block = np.concatenate([question, keys], axis=1).astype("int32")
+        weights = np.zeros(block.shape, "float32")
+        weights[:, -ARGS.digits - 1 : -1] = known[:, None] * (block.shape[1] / ARGS.digits)
+        yield {"chunk": chunk, "question": block, "first": first}, np.roll(block, -1, axis=1), weights
+        step += 1
+
+
+def make_model(name, task):
+    settings = {"fam_length": 8, "memory_segments": 0, **MODELS[name][1]}
+    backbone = keras_fam.TransformerFAMBackbone(task.vocabulary_size, 2, 64, 4, 128, block_size=BLOCK, **settings)
+    model = keras_fam.TransformerFAMCausalLM(backbone)
+    model.build()
+    return model
+
+
+def train(name, task, seed):
+    """A language model trained with `fit`, from scratch."""
+    keras.utils.set_random_seed(seed)
+    model = make_model(name, task)
+    reader = ReadingOn(model, BATCH, BLOCK)
+    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=2e-3, warmup_steps=50)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    reader.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
+    epochs = max(1, ARGS.steps // EPOCH)
+    callbacks = [keras_fam.NoiseRamp(0.05 * epochs, 0.6 * epochs)] if "fam_noise" in MODELS[name][1] else []
+    reader.fit(
+        training_steps(task, seed),
+        steps_per_epoch=min(EPOCH, ARGS.steps),
+        epochs=epochs,
+        verbose=2,
+        shuffle=False,
+        callbacks=callbacks,
+    )
+    return model
+
+
+class Reader:
+    """Streams texts through a model without computing what nobody looks at: of a chunk, only the state is asked for."""
+
+    chunk = 32 * BLOCK
+
+    def __init__(self, model):
+        self.model = model
+        self.read = compiled(lambda ids, state: model.backbone.advance(ids, state, aligned=True)[1], self.variables)
+        self.logits = compiled(lambda ids, state: model.advance(ids, state, aligned=True)[0], self.variables)
+
+    def variables(self):
+        return self.model.variables
+
+    def answers(self, ids, state):
+        """Greedy answers [B, digits] to a question, under teacher forcing (see `keras_fam.data.accuracy`)."""
+        logits = self.logits(ops.convert_to_tensor(ids), state)
+        return ops.convert_to_numpy(ops.argmax(logits[:, -ARGS.digits - 1 : -1], axis=-1))
+
+    def measure(self, task, tokens, seed):
+        """Which rows are right, and where their keys stand, for texts of a number of tokens before the question."""
+        started, state = time.perf_counter(), self.model.get_initial_state(ARGS.rows)
+        total, has_memory = tokens + question_tokens(task), bool(self.model.backbone.fam_length)
+        for part in task.stream(ARGS.rows, None, self.chunk, total_tokens=total, seed=seed, split="held_out"):
+            if part["start"] == tokens:
+                break
+            if has_memory or part["start"] == tokens - self.chunk:  # BSWA sees no further back: skip what it forgets
+                state = self.read(ops.convert_to_tensor(part["token_ids"]), state)
+        states = {"": state}
+        if has_memory:
+            rng = np.random.default_rng(seed)
+            states.update({how: knock_out(self.model, state, how, rng) for how in KNOCK_OUTS})
+        right = {how: (self.answers(part["token_ids"], s) == part["keys"]).all(1) for how, s in states.items()}
+        return {
+            "filler_tokens": total - task.template_tokens,
+            "tokens_since_key": [int(tokens - end) for end in part["statement_ends"]],
+            "right": {how: list(map(int, rows)) for how, rows in right.items()},
+            "memory_rms": [float(ops.sqrt(ops.mean(ops.square(x.fam)))) for x in state.layers if len(x.fam)],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+
+
+def run(name, seed):
+    """Trains and measures one model; what an earlier call finished is not done again."""
+    task = make_task(seed)
+    weights, path = ARGS.out / f"{name}_seed{seed}.weights.h5", ARGS.out / f"{name}_seed{seed}.json"
+    result = json.loads(path.read_text()) if path.exists() else {"lengths": {}}
+    if weights.exists():
+        model = make_model(name, task)
+        model.load_weights(weights)
+    else:
+        print(f"{MODELS[name][0]}, seed {seed}: {ARGS.steps} steps", flush=True)
+        started = time.perf_counter()
+        model = train(name, task, seed)
+        model.save_weights(weights)
+        result = {"steps": ARGS.steps, "training_seconds": round(time.perf_counter() - started, 1), "lengths": {}}
+    reader = Reader(model)
+    for factor in ARGS.factors:
+        if str(factor) in result["lengths"]:
+            continue
+        got = reader.measure(task, LONGEST * CHUNK * BLOCK * factor, seed + 1)
+        result["lengths"][str(factor)] = got
+        exact = ", ".join(f"{how or 'exact'} {100 * np.mean(right):.1f}" for how, right in got["right"].items())
+        print(f"{MODELS[name][0]}, seed {seed}, {factor} times: {exact} %, {got['seconds']:.0f} s", flush=True)
+        path.write_text(json.dumps(result) + "\n")
+
+
+def gather():
+    """All results in `--out`: by line of the figure, factor and seed the share of exact answers; and more."""
+    exact, details = {}, {}
+    for name, (title, _) in MODELS.items():
+        for path in sorted(ARGS.out.glob(f"{name}_seed*.json")):
+            found = json.loads(path.read_text())
+            seed = path.stem.split("seed")[1]
+            details[path.stem] = {k: found.get(k) for k in ("steps", "training_seconds")}
+            details[path.stem]["measuring_seconds"] = {f: got["seconds"] for f, got in found["lengths"].items()}
+            for factor, got in found["lengths"].items():
+                for how, right in got["right"].items():
+                    line = f"{title}, memory {how}" if how else title
+                    exact.setdefault(line, {}).setdefault(factor, {})[seed] = float(np.mean(right))
+    return exact, details
+
+
+def share(right):
+    return {"exact": float(np.mean(right)), "rows": len(right)} if len(right) else None
+
+
+def by_place(name):
+    """Over all seeds: exact answers by the quarter of the text in which the key stands, and by distance."""
+    quarters, distances = {}, {}
+    for path in sorted(ARGS.out.glob(f"{name}_seed*.json")):
+        for factor, got in json.loads(path.read_text())["lengths"].items():
+            tokens = int(factor) * LONGEST * CHUNK * BLOCK
+            for away, right in zip(got["tokens_since_key"], got["right"][""], strict=True):
+                quarter = min(int(4 * (1 - away / tokens)), 3)
+                quarters.setdefault(factor, [[], [], [], []])[quarter].append(right)
+                distances.setdefault(len(str(max(away, 1))), []).append(right)
+    return {
+        "by_quarter_of_the_text": {factor: list(map(share, parts)) for factor, parts in quarters.items()},
+        "by_tokens_since_key": {f"below {10**power:,}": share(distances[power]) for power in sorted(distances)},
+    }
+
+
+def first_below(by_factor, least=0.95):
+    """The first factor at which the mean over seeds falls below `least`, or None."""
+    return next((int(f) for f in sorted(by_factor, key=int) if np.mean(list(by_factor[f].values())) < least), None)
+
+
+def plot(result, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    longest = result["longest_text_trained"]
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for title, by_factor in result["exact"].items():
+        factors = sorted(map(int, by_factor))
+        values = [list(by_factor[str(factor)].values()) for factor in factors]
+        style = {"linestyle": ":", "marker": "x"} if "memory" in title else {"linestyle": "-", "marker": "o"}
+        (line,) = axes.plot(factors, [np.mean(v) for v in values], label=title, **style)
+        axes.fill_between(factors, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
+    axes.set(xscale="log", ylim=(-0.02, 1.02), ylabel="exact keys (mean and span of seeds)")
+    axes.set(xlabel=f"length of the text, times the longest trained on ({longest:,} tokens)")
+    above = axes.secondary_xaxis("top", functions=(lambda x: x * longest, lambda x: x / longest))
+    above.set_xlabel("tokens")
+    axes.set_title(f"PassKey, key anywhere in real prose ({ARGS.backend})")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    ARGS.out.mkdir(parents=True, exist_ok=True)
+    if not ARGS.draw:
+        for name in ARGS.models:
+            for seed in ARGS.seeds:
+                run(name, seed)
+    exact, details = gather()
+    task = make_task()
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "longest_text_trained": LONGEST * CHUNK * BLOCK,
+        "digits": ARGS.digits,
+        "chance": task.chance,
+        "held_out_tokens_before_they_repeat": task.available_tokens("held_out"),
+        "exact": exact,
+        "first_below_95_percent": {title: first_below(by_factor) for title, by_factor in exact.items()},
+        "recipe": by_place("recipe"),
+        "models": details,
+        "versions": {"python": platform.python_version(), "keras": keras.__version__},
+        "backend": keras.backend.backend(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    (ARGS.out / "passkey_length.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, ARGS.out / "passkey_length.png")
+    for title, by_factor in exact.items():
+        cells = (f"{f}: {100 * np.mean(list(by_factor[f].values())):.1f}" for f in sorted(by_factor, key=int))
+        print(f"{title:<36}" + "  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
