@@ -40,7 +40,7 @@ SIZES = {
     "decode": [32 * K, 128 * K],
 }
 SMALL = {"prefill": [64, 256], "train": [64], "decode": [64]}
-SMALL_MODEL = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 32, "num_query_heads": 2, "intermediate_dim": 64}
+SMALL_MODEL = {"vocabulary_size": 128, "num_layers": 1, "hidden_dim": 32, "num_query_heads": 2, "intermediate_dim": 64}
 SMALL_MODEL |= {"block_size": 16, "memory_segments": 1, "fam_length": 4}
 SYSTEMS = ("fam", "bswa", "full")
 LOSS_PIECE = 2048  # tokens whose logits exist at the same time in a train step
