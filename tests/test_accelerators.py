@@ -66,7 +66,7 @@ def test_compiles_for_a_tpu_topology():
 def small_lm():
     keras.utils.set_random_seed(0)
     backbone = keras_fam.TransformerFAMBackbone(
-        17, 2, 16, 2, 32, block_size=4, memory_segments=1, fam_length=2, random_state_passing=0.8
+        17, 2, 16, 2, 32, block_size=4, memory_segments=1, fam_length=2, random_state_passing=1.0
     )
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.build()

@@ -173,7 +173,9 @@ def train(args):
             count = max(1, args.length // LOSS_PIECE)
 
             def piece(total, x):
-                logits = ops.cast(model.token_embedding(x["hidden"], reverse=True), "float32")
+                # Not through the embedding layer: in a mixed model Keras computes its reverse call in float32.
+                kernel = ops.cast(ops.convert_to_tensor(model.token_embedding.embeddings), x["hidden"].dtype)
+                logits = ops.cast(ops.matmul(x["hidden"], ops.transpose(kernel)), "float32")
                 loss = keras.losses.sparse_categorical_crossentropy(x["targets"], logits, from_logits=True)
                 return total + ops.sum(loss), (total,)
 
