@@ -102,7 +102,9 @@ def _record(query, key, value, mask, softcap, visible):
 def _step_size(query, key, mask):
     """`(rows, heads)` that are attended to at once, divisors of A and K; None for all of them."""
     rows, count, keys, kv_heads = query.shape[0], query.shape[1], key.shape[1], key.shape[2]
-    if None in (rows, count, keys) or is_eager(query) or platform() != "cpu":
+    if not all(isinstance(n, int) for n in (rows, count, keys)):
+        return None  # known at run time only, or a symbol of an export
+    if is_eager(query) or platform() != "cpu":
         return None  # an accelerator wants much at once; outside of `jit` every step would be a program of its own
     if mask is not None and len(mask.shape) > 2 and mask.shape[0] != 1:
         return None

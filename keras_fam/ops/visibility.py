@@ -121,7 +121,7 @@ def join(first, second, first_width, second_width):
         return None
 
     def all_of(width, other):
-        return ops.ones((*ops.shape(other)[:-1], width), "bool")
+        return ops.logical_or(ops.ones((width,), "bool"), other[..., :1])
 
     first = all_of(first_width, second) if first is None else first
     second = all_of(second_width, first) if second is None else second
