@@ -217,6 +217,7 @@ def main():
     os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is executed, so several may compile
     chosen = [p for p in PROGRAMS if any(part in p.name for part in args.only.split(","))]
     if args.override:
         chosen = [dataclasses.replace(p, **json.loads(args.override)) for p in chosen]
