@@ -58,11 +58,12 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras  # noqa: E402  (the backend is chosen before)
 import numpy as np  # noqa: E402
-from passkey_parts import KNOCK_OUTS, ReadingOn, knock_out  # noqa: E402
+from passkey_parts import ReadingOn  # noqa: E402
 
 import keras_fam  # noqa: E402
 from keras_fam.data import PassKey, accuracy  # noqa: E402
 from keras_fam.data.passkey import QUESTION  # noqa: E402
+from keras_fam.evaluation import KNOCK_OUTS, knock_out  # noqa: E402
 
 MODELS = {
     "normalized": ("FAM (normalized, noise)", {"fam_feedback": "normalized", "fam_noise": ARGS.fam_noise}),

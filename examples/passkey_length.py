@@ -48,11 +48,12 @@ os.environ["KERAS_BACKEND"] = ARGS.backend
 import keras  # noqa: E402  (the backend is chosen before)
 import numpy as np  # noqa: E402
 from keras import ops  # noqa: E402
-from passkey_parts import KNOCK_OUTS, ReadingOn, knock_out  # noqa: E402
+from passkey_parts import ReadingOn  # noqa: E402
 
 import keras_fam  # noqa: E402
 from keras_fam.data import PassKey  # noqa: E402
 from keras_fam.data.passkey import QUESTION  # noqa: E402
+from keras_fam.evaluation import KNOCK_OUTS, knock_out  # noqa: E402
 from keras_fam.ops.backend import compiled  # noqa: E402
 
 MODELS = {

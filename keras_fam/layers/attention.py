@@ -48,7 +48,9 @@ class FeedbackAttention(StreamingLayer):
         fam_query: `"feedback"` copies the memory into the query; `"static"` asks with F_0 every time (SUM FAM, C.3).
         fam_feedback: `"residual"` feeds F_τ back as it comes (the paper); `"normalized"` divides each row by its RMS;
             `"binary"` keeps the sign of every number alone, so that an update below 1 leaves no trace and nothing
-            adds up (gradients pass straight through). The last two are additions of this project.
+            adds up (gradients pass straight through). The last two are additions of this project; `"binary"` is an
+            experiment, and where a number is within rounding of 0 its sign, and all that follows, may depend on how a
+            text is cut into chunks.
         fam_noise: standard deviation of Gaussian noise on every new memory in training, relative to each row's RMS (an
             addition of this project: a memory that survives noise keeps what it holds for longer). With `"binary"` it
             is added before the sign is taken, and in absolute terms. `NoiseRamp` lets it grow during training.
