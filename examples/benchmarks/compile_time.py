@@ -49,7 +49,7 @@ def child(args):
     ids = np.random.default_rng(0).integers(0, args.vocabulary, (1, count)).astype("int32")
 
     def step():
-        return float(model.train_on_batch(ids, ids))
+        return float(model.train_on_batch(ids, ids, return_dict=True)["loss"])
 
     model.build()
     model.optimizer.build(model.trainable_variables)

@@ -111,21 +111,21 @@ def hub_llama(args, ids):
 
 def hugging_face(model, args, ids, chunk):
     import torch
+    from transformers import DynamicCache
 
     ids, held = torch.tensor(ids), {}
 
     def read():
-        held.clear()
-        past = None
+        held["cache"] = DynamicCache(config=model.config)  # written in place
         for first in range(0, args.tokens, chunk):
-            out = model(ids[:, first : first + chunk], past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = getattr(out, "past_key_values", None)
-        held["past"], held["next"] = past, out.logits[:, -1:].argmax(-1)
+            piece = ids[:, first : first + chunk]
+            out = model(piece, past_key_values=held["cache"], use_cache=True, logits_to_keep=1)
+        held["next"] = out.logits[:, -1:].argmax(-1)
 
     def go_on():
         for _ in range(args.new):
-            out = model(held["next"], past_key_values=held["past"], use_cache=True)
-            held["past"], held["next"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(held["next"], past_key_values=held["cache"], use_cache=True)
+            held["next"] = out.logits[:, -1:].argmax(-1)
 
     return Peer(count(model), torch.no_grad()(read), torch.no_grad()(go_on))
 
