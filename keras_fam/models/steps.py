@@ -62,7 +62,8 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
         return pack(state, spare), (y,)
 
     if model.remat and training:
-        body = remat(body, model.trainable_variables)
+        read = [v for v in model.weights if keras.backend.is_float_dtype(v.dtype)]
+        body = remat(body, read)
     state, (ys,) = scan(body, pack(state, spare), xs, (xs["x"][0],))
     state = unpack(state, spare)
     y = ops.reshape(ops.moveaxis(ys, 0, 1), (-1, num_steps * size, x.shape[-1]))
