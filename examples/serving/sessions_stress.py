@@ -160,7 +160,7 @@ class Stress:
 
     def check(self, lm):
         """The largest differences of the server's logits, relative to the largest logit of the life and as they are,
-        and the largest loss of a chosen token against the best."""
+        and the largest loss of a chosen token against the best one that surely was in the running."""
         import keras_fam
 
         stream, relative, difference, loss = keras_fam.StreamingModel(lm, 1), 0.0, 0.0, 0.0
@@ -177,20 +177,26 @@ class Stress:
                     difference = max(difference, found)
                 for first, tokens, options, seed in life.choices:
                     for i, token in enumerate(tokens):
-                        scores = self._scores(expected[first + i - 1], options, seed, first + i)
-                        loss = max(loss, float(scores.max() - scores[token]))
+                        scores, surely, perhaps = self._scores(expected[first + i - 1], options, seed, first + i)
+                        assert perhaps[token], "a token outside of the top k was chosen"
+                        loss = max(loss, float(scores[surely].max(initial=-np.inf) - scores[token]))
         return relative, difference, loss
 
     def _scores(self, logits, options, seed, position):
-        """The score by which a token is chosen: that of the logits, or with the noise of its seed and position."""
+        """`(scores, surely, perhaps)` of each token: that by which it is chosen (its logit, or with the noise of its
+        seed and position), and whether it is among the top k if logits are moved by a rounding error, either way."""
         tf = self.server.tf
+        everything = np.ones(len(logits), bool)
         if not options["temperature"]:
-            return logits
+            return logits, everything, everything
         scores = logits / np.float32(options["temperature"])
+        surely = perhaps = everything
         if options["top_k"]:
-            scores = np.where(scores < np.sort(scores)[-options["top_k"]] - 1e-4, -np.inf, scores)
+            ranked, margin = np.sort(scores), 1e-4
+            surely = scores > ranked[-options["top_k"] - 1] + margin
+            perhaps = scores > ranked[-options["top_k"]] - margin
         noise = tf.random.stateless_uniform([len(logits)], [seed, position], minval=1e-30, alg="philox")
-        return scores - np.log(-np.log(noise.numpy()))
+        return scores - np.log(-np.log(noise.numpy())), surely, perhaps
 
 
 def collide(server, threads, calls):
