@@ -93,6 +93,18 @@ def test_a_sliding_window_wider_than_what_every_token_has(segments, window):
     equal(hub_families.logits(lm, hub_families.tokens()), hub_families.logits(model, hub_families.tokens()))
 
 
+def test_a_source_without_a_window_may_get_one():
+    settings = {"block_size": 4, "memory_segments": 2, "fam_length": 0, "attention_window": 7}
+    model, _ = hub_families.source("Llama", 0, hidden_dim=16)
+    lm = hub.convert(model, **settings)
+    assert {block.attention.attention_window for block in lm.backbone.blocks} == {7}
+    found, whole = hub_families.logits(lm, hub_families.tokens()), hub_families.logits(model, hub_families.tokens())
+    equal(found[:, :7], whole[:, :7])
+    assert np.abs(found - whole)[:, 7:].max() > 1e-3
+    with pytest.raises(ValueError, match="The source decides its sliding window"):
+        hub.convert(hub_families.source("Mistral", 0, hidden_dim=16, sliding_window=7)[0], **settings)
+
+
 def test_local_and_global_layers_keep_their_own_window_and_rotation():
     model, _ = hub_families.source("Gemma 3 (text)", 0, use_sliding_window_attention=True, sliding_window_size=5)
     backbone = hub.convert(model, block_size=4, memory_segments=1, fam_length=2).backbone

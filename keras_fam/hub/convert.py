@@ -68,7 +68,7 @@ def convert(
         name: name of the new model.
         **options: what the source does not decide: `initial_fam`, `fam_position`, `fam_feedback`,
             `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings of
-            `TransformerFAMBackbone`.
+            `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where the source has none.
 
     Returns:
         A `TransformerFAMBackbone` for a backbone, a `TransformerFAMCausalLM` with the source's preprocessor for a
@@ -91,6 +91,8 @@ def convert(
         raise ValueError(f"{type(source).__name__} has weights beside its backbone's, which have no place here.")
     window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
+    if options.get("attention_window") and any(layer["attention_window"] for layer in layers):
+        raise ValueError("The source decides its sliding window; leave `attention_window` out.")
     settings = {**_merge(layers), **window, **options}
     backbone = TransformerFAMBackbone(
         **settings, dtype=theirs.dtype_policy if dtype is None else dtype, name=None if is_task else name
@@ -175,7 +177,7 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
 
 
 def _check_options(options):
-    theirs = sorted(set(options) & ({*PLAIN, *SIZES, "layer_settings"}))
+    theirs = sorted(set(options) & ({*PLAIN, *SIZES, "layer_settings"} - {"attention_window"}))
     if theirs:
         raise ValueError(f"The source decides {theirs}; leave these options out.")
     known = block_settings() | set(inspect.signature(TransformerFAMBackbone.__init__).parameters)
