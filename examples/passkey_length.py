@@ -1,7 +1,7 @@
 """PassKey with the key anywhere in real prose, streamed to a thousand times the longest text trained on.
 
 Trains TransformerFAM by the recipe for length, with the paper's memory, and TransformerBSWA, several seeds each, on
-carried state: a step reads the next two blocks of every row's text and asks for the key on the side, if it has been
+carried state: a step reads the next four blocks of every row's text and asks for the key on the side, if it has been
 stated. Then held-out prose is streamed at constant memory, with keys at uniformly random places of texts of each
 length, and the question at the end, in a block of its own. Each answer is also asked for with the memory zeroed, frozen
 at F_0, and shuffled between rows before that block. Without memory segments all that the block sees of the text is the
@@ -21,7 +21,7 @@ import platform
 import sys
 import time
 
-BLOCK, CHUNK, LONGEST = 32, 2, 16  # tokens in a block; blocks in a training step; steps in the longest training text
+BLOCK, CHUNK, LONGEST = 32, 4, 8  # tokens in a block; blocks in a training step; steps in the longest training text
 BATCH, GROUPS, SHORT = 32, 4, 3  # rows; groups of them with texts of their own; steps in the longest short text
 EPOCH = 100  # steps
 
@@ -33,10 +33,10 @@ def arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000], help="of LONGEST")
     parser.add_argument("--rows", type=int, default=64, help="texts of each length and seed")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
-    parser.add_argument("--fam-noise", type=float, default=0.5, help="of the recipe")
+    parser.add_argument("--fam-noise", type=float, default=0.4, help="of the recipe")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
     parser.add_argument("--draw", action="store_true", help="only put together what is there")
     return parser.parse_args()
@@ -66,8 +66,8 @@ MODELS = {
 }
 
 
-def make_task(seed=0):
-    return PassKey(digits=ARGS.digits, key_position="anywhere", vocabulary_size=400, seed=seed)
+def make_task(seed=0, key_position="anywhere"):
+    return PassKey(digits=ARGS.digits, key_position=key_position, vocabulary_size=400, seed=seed)
 
 
 def question_tokens(task):
@@ -92,22 +92,27 @@ def texts(task, rng, longest):
 def training_steps(task, seed):
     """Batches without end: the next chunk of every row's text, and the question about the key.
 
-    The length of the texts starts at one step and grows to `LONGEST`; half of the groups stay with short texts, so that
-    keys are written often. As long as the key has not been stated, the question has no weight.
+    The length of the texts starts at one step and grows to `LONGEST`. One group of rows has the key at the start of its
+    texts, which is learned first and needs holding; the others have it anywhere, in short texts, so that keys are
+    written often. In the second half of the training, two of these read long texts. As long as the key has not been
+    stated, the question has no weight.
     """
-    growing = 1.0
+    growing, halfway = 1.0, False
+    at_start = make_task(seed, "start")
+
+    def longest(group):
+        long = group == 0 or (halfway and group > 1)
+        return int(growing if long else min(growing, SHORT))
+
     groups = [
-        texts(
-            task,
-            np.random.default_rng([seed, group]),
-            (lambda: int(min(growing, SHORT))) if group % 2 == 0 else (lambda: int(growing)),
-        )
+        texts(task if group else at_start, np.random.default_rng([seed, group]), lambda group=group: longest(group))
         for group in range(GROUPS)
     ]
     question = np.tile(task.tokenizer.encode(QUESTION), (BATCH, 1))
     step = 0
     while True:
-        growing = 1 + (LONGEST - 1) * min(max((step / ARGS.steps - 0.25) / 0.35, 0.0), 1.0)
+        growing = 1 + (LONGEST - 1) * min(max((step / ARGS.steps - 0.1) / 0.4, 0.0), 1.0)
+        halfway = 2 * step >= ARGS.steps
         parts = zip(*(next(group) for group in groups), strict=True)
         chunk, first, keys, known = (np.concatenate(part) for part in parts)
         block = np.concatenate([question, keys], axis=1).astype("int32")
@@ -134,7 +139,7 @@ def train(name, task, seed):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     reader.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
     epochs = max(1, ARGS.steps // EPOCH)
-    callbacks = [keras_fam.NoiseRamp(0.05 * epochs, 0.6 * epochs)] if "fam_noise" in MODELS[name][1] else []
+    callbacks = [keras_fam.NoiseRamp(0.1 * epochs, 0.5 * epochs)] if "fam_noise" in MODELS[name][1] else []
     reader.fit(
         training_steps(task, seed),
         steps_per_epoch=min(EPOCH, ARGS.steps),
