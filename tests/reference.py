@@ -107,9 +107,22 @@ def norm(x, weights, cfg, name):
     return rms_norm(x, weights[f"{name}_scale"], cfg["norm_epsilon"])
 
 
+def erf(x):
+    """The error function; to first order in an imaginary part, which is what `gradient` asks for."""
+    real = np.vectorize(math.erf, otypes=[float])(np.real(x))
+    if not np.iscomplexobj(x):
+        return real
+    return real + 1j * np.imag(x) * 2.0 / math.sqrt(math.pi) * np.exp(-(np.real(x) ** 2))
+
+
+def wide(x):
+    """x in float64; in complex128 if `gradient` is at work."""
+    return np.asarray(x, dtype="complex128" if np.iscomplexobj(x) else "float64")
+
+
 ACTIVATIONS = {
     "silu": lambda x: x / (1.0 + np.exp(-x)),
-    "gelu": lambda x: 0.5 * x * (1.0 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2.0))),
+    "gelu": lambda x: 0.5 * x * (1.0 + erf(x / math.sqrt(2.0))),
     "gelu_approximate": lambda x: 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0.0),
 }
@@ -286,7 +299,7 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
     in which the first block of a "summary" stream becomes full.
 
     frozen is the row that a recorded run over the same stream returned. Tokens then read keys and values of blocks
-    earlier than their own from it, so that finite differences see what stop_memory_gradient=True leaves.
+    earlier than their own from it, so that `gradient` sees what stop_memory_gradient=True leaves.
 
     info: "fam", the current memory [F, D] (None before a summary stream has one); "fams", the memories written in
     this call; "rider", the one written for the first block of a summary stream, if in this call, else None.
@@ -295,11 +308,11 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
     if row is None:
         row = Row(fresh=fresh, static=fam0 if static is None else static)
         if with_fam and fam0 is not None:
-            row.memories.append((-1, np.asarray(fam0, dtype="float64")))
+            row.memories.append((-1, wide(fam0)))
         assert row.memories or not with_fam or cfg["initial_fam"] == "summary", "a stream starts from fam0 [F, D]"
     row = row.copy()
     outputs, fams, rider_out = [], [], None
-    x = np.asarray(x, dtype="float64")
+    x = wide(x)
     while len(outputs) < len(x):
         visible = row.memories[-cfg["num_visible_memories"] :]
         k_f, v_f = project_memories(visible, weights, cfg, position_offset)  # once per block
@@ -330,17 +343,21 @@ def batch_layer(x, padding_mask, weights, cfg, fam0=None, rows=None, rider=None,
     are shared [F, D] or one per row (a list of B, or [B, F, D]); offset and fresh are scalars or [B]; rows and frozen
     are lists of B.
     """
-    x = np.asarray(x, dtype="float64")
+    x = wide(x)
     real = np.ones(x.shape[:2], dtype=bool) if padding_mask is None else np.asarray(padding_mask, dtype=bool)
     fam0, rider, static = (per_row(value, len(x)) for value in (fam0, rider, static))
     offsets, fresh = np.broadcast_to(position_offset, len(x)), np.broadcast_to(fresh, len(x))
     rows, frozen = rows or [None] * len(x), frozen or [None] * len(x)
-    y, new_rows, infos = np.zeros_like(x), [], []
+    outputs, new_rows, infos = [], [], []
     for b in range(len(x)):
-        y[b, real[b]], row, info = layer(x[b, real[b]], weights, cfg, fam0[b], rows[b], rider[b], offsets[b],
-                                         fresh[b], static[b], frozen[b])  # fmt: skip
+        out, row, info = layer(x[b, real[b]], weights, cfg, fam0[b], rows[b], rider[b], offsets[b],
+                               fresh[b], static[b], frozen[b])  # fmt: skip
+        outputs.append(out)
         new_rows.append(row)
         infos.append(info)
+    y = np.zeros(x.shape, dtype=np.result_type(x, *outputs))
+    for b, out in enumerate(outputs):
+        y[b, real[b]] = out
     return y, new_rows, infos
 
 
@@ -351,7 +368,7 @@ def per_row(value, batch):
 
 def prompt_forward(rows, layers_weights, cfgs):
     """F_0 [F, D] of each layer (App. B.1): the prompt rows [F, D] alone, up through the layers, seeing one another."""
-    x, initial = np.asarray(rows, dtype="float64"), []
+    x, initial = wide(rows), []
     for weights, cfg in zip(layers_weights, cfgs, strict=True):
         initial.append(x)
         positions = fam_positions(-1, cfg)
@@ -396,6 +413,7 @@ def model(tokens, weights, cfg_list, padding_mask=None, rows=None, passed=None, 
     return np.where(real[..., None], hidden @ head, 0.0), fams, new_rows
 
 
-def gradient(fn, array, direction, eps=1e-5):
-    """Derivative of the scalar fn at array along direction (same shape), by central differences."""
-    return (fn(array + eps * direction) - fn(array - eps * direction)) / (2.0 * eps)
+def gradient(fn, array, direction, step=1e-20):
+    """Derivative of the scalar fn at array along direction (same shape), by a complex step: the imaginary part of
+    fn(array + i·step·direction) over the step, which subtracts nothing and so is exact to rounding."""
+    return np.imag(fn(np.asarray(array, dtype="float64") + 1j * step * direction)) / step
