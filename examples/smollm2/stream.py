@@ -24,13 +24,15 @@ def summary(losses, memory, speed):
     """What was read so far: perplexity in all and by ten thousand tokens, memory, and how far it moves."""
     losses = np.concatenate(losses, axis=1)[0]
     parts = np.split(losses, range(FIRST, len(losses), FIRST))
-    later = [mb for position, mb in memory.items() if position >= FIRST] or [*memory.values()]
+    early = [mb for position, mb in memory.items() if position <= FIRST]
+    later = [mb for position, mb in memory.items() if position >= FIRST] or early
     return {
         "tokens": len(losses),
         "perplexity": float(np.exp(losses.mean())),
         "perplexity by ten thousand tokens": [round(float(np.exp(part.mean())), 3) for part in parts],
         "tokens per second": round(speed, 1),
         "resident MB": memory,
+        "growth": max(later) / max(early) - 1,
         "spread": (max(later) - min(later)) / min(later),
     }
 
@@ -69,6 +71,7 @@ def stream(args):
     found = json.loads(report.read_text())
     print(
         f"\n{args.book}: {total} tokens, perplexity {found['perplexity']:.2f}, {found['tokens per second']} tokens/s, "
-        f"memory after {FIRST} tokens flat to {found['spread']:.2%} (of {max(memory.values()):.0f} MB)"
+        f"most memory after {FIRST} tokens against before: {found['growth']:+.2%} ({max(memory.values()):.0f} MB), "
+        f"single readings lie within {found['spread']:.2%}"
     )
     return found
