@@ -92,6 +92,20 @@ def test_knock_out(lm):
         keras_fam.knock_out(lm, state, "deleted")
 
 
+def test_frozen_is_refused_where_it_would_be_zeroed():
+    """A summary has no memory before a text: two controls with one number would look like two."""
+    lm = tiny(initial_fam="summary")
+    state = lm.get_initial_state(2)
+    assert all(not numpy(layer.fam).any() for layer in state.layers)
+    with pytest.raises(ValueError, match=r"the same as 'zeroed'.*received 'frozen'"):
+        keras_fam.knock_out(lm, state, "frozen")
+    with pytest.raises(ValueError, match="the same as 'zeroed'"):
+        StreamScorer(lm, "frozen")
+    report = keras_fam.evaluate(lm, TOKENS[:2], boundaries=EDGES)
+    assert list(report["systems"]) == ["model", "model, memory zeroed", "model, memory shuffled"]
+    assert "model: memory frozen" in report["missing"]
+
+
 def test_derangements():
     rng = np.random.default_rng(0)
     for count in (2, 3, 17):

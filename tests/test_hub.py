@@ -101,8 +101,12 @@ def test_a_source_without_a_window_may_get_one():
     found, whole = hub_families.logits(lm, hub_families.tokens()), hub_families.logits(model, hub_families.tokens())
     equal(found[:, :7], whole[:, :7])
     assert np.abs(found - whole)[:, 7:].max() > 1e-3
-    with pytest.raises(ValueError, match="The source decides its sliding window"):
-        hub.convert(hub_families.source("Mistral", 0, hidden_dim=16, sliding_window=7)[0], **settings)
+    with pytest.raises(ValueError, match="attention_window"):  # a Llama of KerasHub has none
+        hub.to_keras_hub(lm, type(model))
+    mistral = hub_families.source("Mistral", 0, hidden_dim=16, sliding_window=7)[0]
+    for window in (5, None):
+        with pytest.raises(ValueError, match=rf"its sliding window, of \[7\] keys.*Received: {window}"):
+            hub.convert(mistral, **{**settings, "attention_window": window})
 
 
 def test_local_and_global_layers_keep_their_own_window_and_rotation():

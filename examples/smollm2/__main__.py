@@ -64,6 +64,7 @@ def parser():
     stream = command("stream", "reads a whole novel")
     stream.add_argument("--book", default="persuasion")
     stream.add_argument("--tokens", type=int, help="no more than these")
+    stream.add_argument("--window", type=int, help="a plain sliding window of so many keys, without memory")
     stream.add_argument("--trained", type=pathlib.Path, help="folder of a training")
     return main
 

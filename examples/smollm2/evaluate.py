@@ -12,10 +12,10 @@ from keras import ops
 from model import load, with_memory
 from plot import plot
 
+import keras_fam
 from keras_fam.ops.backend import compiled
 
-KNOCK_OUTS = ("zeroed", "frozen", "shuffled")
-MEMORY = ("fam", "fam_key", "fam_value")
+KNOCK_OUTS = ("zeroed", "shuffled")  # `initial_fam="summary"` has no memory to be frozen at
 
 
 def held_out_rows(ids, rows, tokens):
@@ -26,25 +26,6 @@ def held_out_rows(ids, rows, tokens):
         starts = np.linspace(0, len(ids[title]) - tokens - 1, each).astype(int)
         found += [ids[title][start : start + tokens + 1] for start in starts]
     return np.stack(found)
-
-
-def knock_out(lm, state, how, rng):
-    """The state with a useless memory: `zeroed`, `frozen` at F_0, or `shuffled` between rows."""
-    rows = state.cursor.offset.shape[0]
-    first, order = lm.get_initial_state(rows), rng.permutation(rows)
-    while how == "shuffled" and (order == np.arange(rows)).any():
-        order = rng.permutation(rows)
-
-    def spoil(memory, start):
-        if how == "shuffled":
-            return ops.take(memory, order, axis=0)
-        return {"zeroed": ops.zeros_like(memory), "frozen": start}[how]
-
-    layers = [
-        layer._replace(**{name: spoil(getattr(layer, name), getattr(start, name)) for name in MEMORY})
-        for layer, start in zip(state.layers, first.layers, strict=True)
-    ]
-    return state._replace(layers=tuple(layers))
 
 
 def log_losses(lm, rows, step, how=None, seed=0, watch=None):
@@ -63,7 +44,7 @@ def log_losses(lm, rows, step, how=None, seed=0, watch=None):
     state, found = lm.get_initial_state(len(rows)), []
     for start in range(0, rows.shape[1] - 1, step):
         if how and start:
-            state = knock_out(lm, state, how, rng)
+            state = keras_fam.knock_out(lm, state, how, rng)
         part = rows[:, start : start + step + 1]
         loss, state = run(ops.convert_to_tensor(part[:, :-1]), ops.convert_to_tensor(part[:, 1:]), state)
         found.append(ops.convert_to_numpy(loss))
@@ -103,7 +84,7 @@ def evaluate(args):
         losses[name] = log_losses(lm, rows, step or args.block, how, args.seed)
         found = summary(losses[name], window)
         record[name] = {**found, "seconds": round(time.time() - began, 1)}
-        for other in ("BSWA", "BSWA + LoRA"):
+        for other in ("BSWA", "BSWA + LoRA", "FAM + LoRA"):
             if other in losses and other != name:
                 record[name][f"against {other}"] = against(losses[name], losses[other], window)
         parts = {where: round(value, 2) for where, value in found["by position"].items()}

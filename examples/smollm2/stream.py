@@ -24,7 +24,7 @@ def summary(losses, memory, speed):
     """What was read so far: perplexity in all and by ten thousand tokens, memory, and how far it moves."""
     losses = np.concatenate(losses, axis=1)[0]
     parts = np.split(losses, range(FIRST, len(losses), FIRST))
-    early = [mb for position, mb in memory.items() if position <= FIRST]
+    early = [mb for position, mb in memory.items() if position <= FIRST] or [next(iter(memory.values()))]
     later = [mb for position, mb in memory.items() if position >= FIRST] or early
     return {
         "tokens": len(losses),
@@ -38,7 +38,7 @@ def summary(losses, memory, speed):
 
 
 def settings(args):
-    names = ("book", "fam", "block", "segments", "feedback", "initial", "sink", "seed")
+    names = ("book", "window", "fam", "block", "segments", "feedback", "initial", "sink", "seed")
     versions = {"backend": keras.backend.backend(), "keras": keras.__version__}
     return {**{name: getattr(args, name) for name in names}, "trained": args.trained is not None, **versions}
 
@@ -50,13 +50,15 @@ def stream(args):
     step = 4 * args.block
     length = min(args.tokens or len(ids), len(ids)) - 1
     ids = ids[: length // step * step + 1]
-    lm = with_memory(source, args)
+    plain = {"fam": 0, "memory_segments": args.segments + 1, "attention_window": args.window}
+    lm = with_memory(source, args, **(plain if args.window else {}))
     if args.trained is not None:
         lm.load_lora_weights(args.trained / json.loads((args.trained / "training.json").read_text())["weights"])
         lm.merge_lora()
     del source
     memory, began, total = {}, time.time(), len(ids) - 1
-    report = args.out / f"stream_{'FAM' if args.fam else 'BSWA'}{'_lora' if args.trained else ''}.json"
+    system = "window" if args.window else "FAM" if args.fam else "BSWA"
+    report = args.out / f"stream_{system}{'_lora' if args.trained else ''}.json"
     bar = keras.utils.Progbar(total, unit_name="token")
 
     def watch(position, losses):

@@ -14,16 +14,17 @@ def knock_out(model, state, how: str, seed=0):
         model: the model or layer that the state belongs to.
         state: `StreamState` of B rows.
         how: `"zeroed"` (memory rows and their keys and values are 0), `"frozen"` (the first memory F_0 in place of
-            what was written) or `"shuffled"` (each row gets the memory of another row).
+            what was written; refused for `initial_fam="summary"`, which has none before a text) or `"shuffled"` (each
+            row gets the memory of another row).
         seed: int, or a `numpy.random.Generator`, of the permutation, which leaves no row in its place.
 
     Returns:
         `StreamState`; keys and values of tokens stay as they are, and so does a model without memory.
 
     Raises:
-        ValueError: for another `how`, or if there is one row to shuffle.
+        ValueError: for another `how`, for a way that the model does not have, or if there is one row to shuffle.
     """
-    check_how(how)
+    check_how(model, how)
     rows = int(state.cursor.offset.shape[0])
     order = derangement(rows, np.random.default_rng(seed)) if how == "shuffled" else None
     return spoil_memory(state, how, model.get_initial_state(rows), order)
@@ -41,9 +42,28 @@ def derangement(count, rng):
     return order
 
 
-def check_how(how):
+def ways(model):
+    """The knock-outs that mean something for a model: none without memory, and `"frozen"` only where there is an F_0.
+
+    With `initial_fam="summary"` the first memory rides up with the first block; the state before it holds zeros, and
+    freezing at those would be `"zeroed"` under another name.
+    """
+    part = streaming_part(model)
+    if not part.fam_length:
+        return ()
+    layer = getattr(part, "blocks", [part])[0]
+    summary = getattr(layer, "attention", layer).initial_fam == "summary"
+    return tuple(how for how in KNOCK_OUTS if not (summary and how == "frozen"))
+
+
+def check_how(model, how):
     if how not in KNOCK_OUTS:
         raise ValueError(f"A memory is knocked out in one of the ways {KNOCK_OUTS}; received {how!r}.")
+    if how == "frozen" and streaming_part(model).fam_length and how not in ways(model):
+        raise ValueError(
+            "A memory is frozen at F_0, and with initial_fam='summary' there is none before a text: it would be the "
+            f"same as 'zeroed'. Choose one of {ways(model)}; received {how!r}."
+        )
 
 
 def spoil_memory(state, how, first, order=None):

@@ -7,7 +7,7 @@ gradients stop at the memory segments, and over several seeds.
 
 import numpy as np
 
-from keras_fam.evaluation.knock_outs import KNOCK_OUTS, streaming_part
+from keras_fam.evaluation.knock_outs import KNOCK_OUTS, streaming_part, ways
 from keras_fam.evaluation.scorer import StreamScorer, pieces
 
 
@@ -20,7 +20,8 @@ def evaluate(models, texts, *, knock_outs=KNOCK_OUTS, boundaries=None, bytes_per
             `stop_memory_gradient=True`; what is left out is listed under `"missing"`.
         texts: int `[B, T]`; a list of chunks; or a function without arguments that returns an iterable of chunks, since
             every model reads them anew. See `StreamScorer.score`.
-        knock_outs: the ways in which the memory of models that have one is knocked out, see `knock_out`.
+        knock_outs: the ways in which the memory of models that have one is knocked out, see `knock_out`. A way that a
+            model does not have (`"frozen"` with `initial_fam="summary"`) is listed under `"missing"`.
         boundaries: see `StreamScorer`.
         bytes_per_token: None, or int `[V]`, how many bytes of text each token stands for: adds bits per byte.
         blocks_per_step: see `StreamScorer`.
@@ -41,8 +42,8 @@ def evaluate(models, texts, *, knock_outs=KNOCK_OUTS, boundaries=None, bytes_per
     open_texts = texts if callable(texts) else lambda: texts
     systems, tokens, edges = {}, None, None
     for name, seeds in named.items():
-        ways = [None, *(knock_outs if streaming_part(seeds[0]).fam_length else ())]
-        for how in ways:
+        able = ways(seeds[0])
+        for how in [None, *(how for how in knock_outs if able and (how in able or how not in KNOCK_OUTS))]:
             sums = []
             for model in seeds:
                 scorer = StreamScorer(model, how, boundaries=boundaries, blocks_per_step=blocks_per_step, seed=seed)
@@ -124,5 +125,6 @@ def _missing(named, knock_outs):
             missing.append(f"{name}: TransformerBSWA of the same window (fam_length=0)")
         if size[1] and not any(other == size and stopped for other, _, stopped in seen.values()):
             missing.append(f"{name}: stop-gradient segments (stop_memory_gradient=True)")
-        missing += [f"{name}: memory {how}" for how in KNOCK_OUTS if how not in knock_outs]
+        able = [how for how in knock_outs if how in ways(named[name][0])]
+        missing += [f"{name}: memory {how}" for how in KNOCK_OUTS if how not in able]
     return missing

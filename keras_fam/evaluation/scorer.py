@@ -32,7 +32,7 @@ class StreamScorer:
 
     def __init__(self, model, knock_out=None, *, boundaries=None, blocks_per_step: int = 8, seed: int = 0):
         if knock_out is not None:
-            check_how(knock_out)
+            check_how(model, knock_out)
         self.model, self.knock_out, self.seed = model, knock_out, seed
         if not model.built:
             model.build()

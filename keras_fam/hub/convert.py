@@ -68,7 +68,8 @@ def convert(
         name: name of the new model.
         **options: what the source does not decide: `initial_fam`, `fam_position`, `fam_feedback`,
             `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings of
-            `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where the source has none.
+            `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where no window
+            of the source narrows that of the blocks.
 
     Returns:
         A `TransformerFAMBackbone` for a backbone, a `TransformerFAMCausalLM` with the source's preprocessor for a
@@ -91,8 +92,12 @@ def convert(
         raise ValueError(f"{type(source).__name__} has weights beside its backbone's, which have no place here.")
     window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
-    if options.get("attention_window") and any(layer["attention_window"] for layer in layers):
-        raise ValueError("The source decides its sliding window; leave `attention_window` out.")
+    windows = sorted({layer["attention_window"] for layer in layers} - {None})
+    if "attention_window" in options and windows:
+        raise ValueError(
+            f"The source decides its sliding window, of {windows} keys; leave `attention_window` out. "
+            f"Received: {options['attention_window']!r}."
+        )
     settings = {**_merge(layers), **window, **options}
     backbone = TransformerFAMBackbone(
         **settings, dtype=theirs.dtype_policy if dtype is None else dtype, name=None if is_task else name
