@@ -6,11 +6,10 @@ and a zlib stream that holds one vector of lines.
 
 import pathlib
 import re
-import shutil
 import struct
-import subprocess
-import tempfile
 import zlib
+
+from keras_fam.data.debian import unpack
 
 PACKAGE = "r-cran-janeaustenr"
 DATABASE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
@@ -34,7 +33,7 @@ def austen(folder="out/austen") -> dict[str, list[str]]:
     if not database.exists():
         database = pathlib.Path(folder) / DATABASE
     if not database.exists():
-        _fetch(pathlib.Path(folder))
+        unpack([PACKAGE], folder)
     return {lines[0].lower(): lines for lines in read_database(database.read_bytes())}
 
 
@@ -73,20 +72,3 @@ def _read_strings(body):
         lines.append(body[position : position + max(size, 0)].decode("utf-8", "replace"))
         position += max(size, 0)
     return lines
-
-
-def _fetch(folder):
-    hint = f"Get the Debian package {PACKAGE}, for example with `apt-get install {PACKAGE}`, and try again."
-    if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise RuntimeError(f"Austen's novels come from a Debian package, and there is no apt-get here. {hint}")
-    with tempfile.TemporaryDirectory() as place:
-        for attempt in range(2):
-            done = subprocess.run(["apt-get", "download", "-qq", PACKAGE], cwd=place, capture_output=True, text=True)
-            found = list(pathlib.Path(place).glob("*.deb"))
-            if found or attempt:
-                break
-            subprocess.run(["apt-get", "update", "-qq"], capture_output=True)  # a fresh machine has no lists
-        if not found:
-            raise RuntimeError(f"`apt-get download {PACKAGE}` failed: {done.stderr.strip()[-300:]} {hint}")
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["dpkg", "-x", str(found[0]), str(folder)], check=True)

@@ -1,0 +1,151 @@
+"""Associative recall (arXiv 2407.04841): pairs remembered and rewritten, for FAM, RMT and BSWA of one code base.
+
+Each block states one pair of a key and a value; the question at the end asks for the value of one key. *Remember*: all
+keys differ, and the question is how many pairs a memory of F rows holds. *Rewrite*: a few keys get new values again and
+again, the last one counts, and the question is for how many updates that goes on, beyond those trained on. FAM and RMT
+have no memory segments, so that all they know of earlier blocks is the memory; BSWA has one, and no smaller a state.
+
+Every training is kept in `--out`, so that systems and seeds can be spread over calls.
+
+    python examples/recall.py --backend jax --seeds 0 --out out/recall
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+SYSTEMS = {
+    "FAM": ("FAM (paper)", {}),
+    "FAM_N": ("FAM, normalized", {"fam_feedback": "normalized"}),
+    "RMT": ("RMT", {"fam_recurrence": "stack"}),
+    "BSWA": ("BSWA, one segment", {"fam_length": 0, "memory_segments": 1}),
+}
+TASKS = {  # name: (settings by pairs, most pairs trained on, pairs asked for)
+    "remember": (lambda pairs: {}, 6, (1, 2, 3, 4, 5, 6, 8, 10)),
+    "rewrite": (lambda pairs: {"num_keys": min(pairs, 3)}, 8, (3, 4, 6, 8, 16, 32, 64, 128)),
+}
+BLOCK, LAYERS, ROWS = 8, 2, 512  # tokens in a block; layers; rows asked
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
+parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+parser.add_argument("--steps", type=int, default=6000)
+parser.add_argument("--batch", type=int, default=64)
+parser.add_argument("--width", type=int, default=64)
+parser.add_argument("--fam-length", type=int, default=4)
+parser.add_argument("--symbols", type=int, default=16)
+parser.add_argument("--learning-rate", type=float, default=2e-3)
+parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/recall"))
+ARGS = parser.parse_args()
+os.environ["KERAS_BACKEND"] = ARGS.backend
+
+import keras  # noqa: E402  (the backend is chosen before)
+import numpy as np  # noqa: E402
+
+import keras_fam  # noqa: E402
+from keras_fam.data import AssociativeRecall  # noqa: E402
+from keras_fam.evaluation import KNOCK_OUTS, StreamScorer, summary  # noqa: E402
+
+
+def make_task(name, pairs):
+    return AssociativeRecall(num_pairs=pairs, symbols=ARGS.symbols, spread=BLOCK, **TASKS[name][0](pairs))
+
+
+def make_model(name, vocabulary_size):
+    settings = {"fam_length": ARGS.fam_length, "memory_segments": 0, **SYSTEMS[name][1]}
+    backbone = keras_fam.TransformerFAMBackbone(
+        vocabulary_size, LAYERS, ARGS.width, 4, 2 * ARGS.width, block_size=BLOCK, **settings
+    )
+    model = keras_fam.TransformerFAMCausalLM(backbone)
+    model.build()
+    return model
+
+
+def batches(name, seed):
+    """Batches without end; the most pairs grow to those of the task in the first half of the training.
+
+    Texts have one length, so that one program is compiled: blanks follow the question, at no weight.
+    """
+    rng, most = np.random.default_rng(seed), TASKS[name][1]
+    least, total = TASKS[name][2][0], (most + 1) * BLOCK
+    for step in range(ARGS.steps):
+        now = least + (most - least) * min(2.2 * step / ARGS.steps, 1.0)
+        pairs = int(rng.integers(least, int(now + 0.5) + 1))
+        batch = make_task(name, pairs).batch(ARGS.batch, seed=rng)
+        ids, targets, weights = (batch[part] for part in ("token_ids", "targets", "loss_weights"))
+        room = [(0, 0), (0, total - ids.shape[1])]
+        yield np.pad(ids, room), np.pad(targets, room), np.pad(weights, room) * total
+
+
+def train(name, task, seed):
+    keras.utils.set_random_seed(seed)
+    model = make_model(name, make_task(task, 3).vocabulary_size)
+    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=ARGS.learning_rate, warmup_steps=50)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
+    started, epoch = time.perf_counter(), min(500, ARGS.steps)
+    model.fit(batches(task, seed), steps_per_epoch=epoch, epochs=ARGS.steps // epoch, verbose=2, shuffle=False)
+    return model, time.perf_counter() - started
+
+
+def exact(model, task, seed, how=None):
+    """Share of right answers by number of pairs, streamed."""
+    scorer, scores = StreamScorer(model, how, boundaries=[0], blocks_per_step=4, seed=seed), []
+    for pairs in TASKS[task][2]:
+        batch = make_task(task, pairs).batch(ROWS, seed=seed, split="held_out")
+        scores.append(summary([scorer.score([batch])])["exact"]["mean"][0])
+    return scores
+
+
+def state_numbers(model):
+    """Numbers that a stream of one row keeps between blocks (weights aside): what was seen, not where it is."""
+    held = keras.tree.flatten(model.get_initial_state(1).layers)
+    return int(sum(np.prod(part.shape) for part in held if "float" in str(part.dtype)))
+
+
+def main():
+    ARGS.out.mkdir(parents=True, exist_ok=True)
+    path = ARGS.out / "recall.json"
+    found = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    for task in ARGS.tasks:
+        for name in ARGS.systems:
+            for seed in ARGS.seeds:
+                key = f"{task}, {SYSTEMS[name][0]}, seed {seed}"
+                if key in found["runs"]:
+                    continue
+                print(f"{key}: {ARGS.steps} steps", flush=True)
+                model, seconds = train(name, task, seed)
+                run = {"state_numbers": state_numbers(model), "seconds": round(seconds, 1), "steps": ARGS.steps}
+                run |= {"pairs": TASKS[task][2], "trained_pairs": TASKS[task][1], "exact": exact(model, task, seed)}
+                if model.backbone.fam_length:
+                    run["knock_outs"] = {how: exact(model, task, seed, how) for how in KNOCK_OUTS}
+                if path.exists():  # another call may have added to it
+                    found["runs"] = json.loads(path.read_text())["runs"]
+                found["runs"][key] = run
+                found |= {
+                    "command": "python " + " ".join(sys.argv),
+                    "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(ARGS).items()},
+                    "chance": 1 / ARGS.symbols,
+                    "rows": ROWS,
+                    "backend": keras.backend.backend(),
+                    "versions": {"python": platform.python_version(), "keras": keras.__version__},
+                    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                }
+                path.write_text(json.dumps(found, indent=1) + "\n")
+    for task in ARGS.tasks:
+        print(f"\n{task}: right answers in %, {ROWS} rows, by pairs (trained on at most {TASKS[task][1]})")
+        print(f"{'':<44}" + "".join(f"{n:>7}" for n in TASKS[task][2]) + "   numbers of state")
+        for key, run in found["runs"].items():
+            if key.startswith(task):
+                cells = "".join(f"{100 * v:>7.1f}" for v in run["exact"])
+                print(f"{key.removeprefix(task + ', '):<44}{cells}   {run['state_numbers']:,}")
+
+
+if __name__ == "__main__":
+    main()
