@@ -2,10 +2,11 @@
 
 Trains TransformerFAM by the recipe for length, with the paper's memory, and TransformerBSWA, several seeds each, on
 carried state: a step reads the next four blocks of every row's text and asks for the key on the side, if it has been
-stated. Then held-out prose is streamed at constant memory, with keys at uniformly random places of texts of each
-length, and the question at the end, in a block of its own. Each answer is also asked for with the memory zeroed, frozen
-at F_0, and shuffled between rows before that block. Without memory segments all that the block sees of the text is the
-memory, so zeroing it there gives the numbers of zeroing it after every block.
+stated. Texts and, for the recipe, noise grow whenever the loss is small. Then held-out prose is streamed at constant
+memory, with keys at uniformly random places of texts of each length, and the question at the end, in a block of its
+own. Each answer is also asked for with the memory zeroed, frozen at F_0, and shuffled between rows before that block.
+Without memory segments all that the block sees of the text is the memory, so zeroing it there gives the numbers of
+zeroing it after every block.
 
 Goes on where an earlier call with the same `--out` stopped: weights and measured lengths are kept there, so that models
 and lengths can be spread over calls, and the lengths be measured without training from weights that are there.
@@ -21,9 +22,17 @@ import platform
 import sys
 import time
 
-BLOCK, CHUNK, LONGEST = 32, 4, 8  # tokens in a block; blocks in a training step; steps in the longest training text
+BLOCK, CHUNK = 32, 4  # tokens in a block; blocks in a training step
 BATCH, GROUPS, SHORT = 32, 4, 3  # rows; groups of them with texts of their own; steps in the longest short text
 EPOCH = 100  # steps
+# Training climbs a level after every epoch whose mean loss is at most `CLIMB_AT`. A level is: steps in the longest
+# text; share of the noise in force; how many groups of rows have texts that long with the key at the start, and with
+# the key anywhere.
+LEVELS = (
+    *((1, 0.0, 0, 0), (2, 0.0, 1, 0), (3, 0.1, 1, 0), (4, 0.2, 1, 0), (6, 0.3, 1, 1), (8, 0.4, 1, 1)),
+    *((8, 0.5, 1, 1), (8, 0.6, 1, 1), (8, 0.7, 1, 1), (8, 0.85, 1, 1), (8, 1.0, 1, 1)),
+)
+LONGEST, CLIMB_AT = LEVELS[-1][0], 0.12
 
 
 def arguments():
@@ -33,10 +42,11 @@ def arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000], help="of LONGEST")
     parser.add_argument("--rows", type=int, default=64, help="texts of each length and seed")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--write-steps", type=int, default=1300, help="steps that teach writing alone")
+    parser.add_argument("--steps", type=int, default=14000, help="steps after these")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
-    parser.add_argument("--fam-noise", type=float, default=0.4, help="of the recipe")
+    parser.add_argument("--fam-noise", type=float, default=1.0, help="of the recipe")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
     parser.add_argument("--draw", action="store_true", help="only put together what is there")
     return parser.parse_args()
@@ -75,80 +85,93 @@ def question_tokens(task):
     return len(task.tokenizer.encode(QUESTION)) + ARGS.digits
 
 
-def texts(task, rng, longest):
-    """Steps `(chunk, is_first, keys, whether they are known)` of one text after another, without end.
-
-    `longest()` is how many steps the longest text may have by now.
-    """
-    rows, tokens = BATCH // GROUPS, CHUNK * BLOCK
-    while True:
-        count = rng.integers(1, longest() + 1)
-        text = task.batch(rows, total_tokens=count * tokens + question_tokens(task), seed=rng)
-        for i in range(count):
-            chunk = text["token_ids"][:, i * tokens : (i + 1) * tokens]
-            yield chunk, np.full(rows, i == 0), text["keys"], text["statement_ends"] <= (i + 1) * tokens
-
-
-def training_steps(task, seed):
+class Course:
     """Batches without end: the next chunk of every row's text, and the question about the key.
 
-    The length of the texts starts at one step and grows to `LONGEST`. One group of rows has the key at the start of its
-    texts, which is learned first and needs holding; the others have it anywhere, in short texts, so that keys are
-    written often. In the second half of the training, two of these read long texts. As long as the key has not been
-    stated, the question has no weight.
+    As long as the key has not been stated, the question has no weight. Groups of rows whose texts are not long have
+    short ones, with the key anywhere, so that keys are written often. `level` may be set between epochs.
     """
-    growing, halfway = 1.0, False
-    at_start = make_task(seed, "start")
 
-    def longest(group):
-        long = group == 0 or (halfway and group > 1)
-        return int(growing if long else min(growing, SHORT))
+    def __init__(self, seed, noise=None):
+        self.seed, self.noise, self.level = seed, noise, 0
+        self.tasks = {position: make_task(seed, position) for position in ("start", "anywhere")}
 
-    groups = [
-        texts(task if group else at_start, np.random.default_rng([seed, group]), lambda group=group: longest(group))
-        for group in range(GROUPS)
-    ]
-    question = np.tile(task.tokenizer.encode(QUESTION), (BATCH, 1))
-    step = 0
-    while True:
-        growing = 1 + (LONGEST - 1) * min(max((step / ARGS.steps - 0.1) / 0.4, 0.0), 1.0)
-        halfway = 2 * step >= ARGS.steps
-        parts = zip(*(next(group) for group in groups), strict=True)
-        chunk, first, keys, known = (np.concatenate(part) for part in parts)
-        block = np.concatenate([question, keys], axis=1).astype("int32")
-        weights = np.zeros(block.shape, "float32")
-        weights[:, -ARGS.digits - 1 : -1] = known[:, None] * (block.shape[1] / ARGS.digits)
-        yield {"chunk": chunk, "question": block, "first": first}, np.roll(block, -1, axis=1), weights
-        step += 1
+    @property
+    def level(self):
+        return self._level
+
+    @level.setter
+    def level(self, level):
+        self._level = level
+        if self.noise is not None:
+            self.noise.share = LEVELS[level][1]
+
+    def texts(self, group, rng):
+        """Steps `(chunk, is_first, keys, whether they are known)` of one text after another, without end."""
+        rows, tokens = BATCH // GROUPS, CHUNK * BLOCK
+        while True:
+            longest, _, at_start, anywhere = LEVELS[self.level]
+            task = self.tasks["start" if group < at_start else "anywhere"]
+            most = longest if group < at_start + anywhere else min(longest, SHORT)
+            count = rng.integers(1, most + 1)
+            text = task.batch(rows, total_tokens=count * tokens + question_tokens(task), seed=rng)
+            for i in range(count):
+                chunk = text["token_ids"][:, i * tokens : (i + 1) * tokens]
+                yield chunk, np.full(rows, i == 0), text["keys"], text["statement_ends"] <= (i + 1) * tokens
+
+    def batches(self):
+        groups = [self.texts(group, np.random.default_rng([self.seed, group])) for group in range(GROUPS)]
+        question = np.tile(self.tasks["start"].tokenizer.encode(QUESTION), (BATCH, 1))
+        while True:
+            parts = zip(*(next(group) for group in groups), strict=True)
+            chunk, first, keys, known = (np.concatenate(part) for part in parts)
+            block = np.concatenate([question, keys], axis=1).astype("int32")
+            weights = np.zeros(block.shape, "float32")
+            weights[:, -ARGS.digits - 1 : -1] = known[:, None] * (block.shape[1] / ARGS.digits)
+            yield {"chunk": chunk, "question": block, "first": first}, np.roll(block, -1, axis=1), weights
 
 
-def make_model(name, task):
-    settings = {"fam_length": 8, "memory_segments": 0, **MODELS[name][1]}
+def make_model(task, **changes):
+    settings = {"fam_length": 8, "memory_segments": 0, **changes}
     backbone = keras_fam.TransformerFAMBackbone(task.vocabulary_size, 2, 64, 4, 128, block_size=BLOCK, **settings)
     model = keras_fam.TransformerFAMCausalLM(backbone)
     model.build()
     return model
 
 
-def train(name, task, seed):
-    """A language model trained with `fit`, from scratch."""
-    keras.utils.set_random_seed(seed)
-    model = make_model(name, task)
+def fit(model, course, steps, rate, callbacks=()):
     reader = ReadingOn(model, BATCH, BLOCK)
-    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=2e-3, warmup_steps=50)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     reader.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
-    epochs = max(1, ARGS.steps // EPOCH)
-    callbacks = [keras_fam.NoiseRamp(0.1 * epochs, 0.5 * epochs)] if "fam_noise" in MODELS[name][1] else []
-    reader.fit(
-        training_steps(task, seed),
-        steps_per_epoch=min(EPOCH, ARGS.steps),
-        epochs=epochs,
-        verbose=2,
-        shuffle=False,
-        callbacks=callbacks,
+    size = min(EPOCH, steps)
+    options = {"steps_per_epoch": size, "epochs": steps // size, "verbose": 2, "shuffle": False}
+    return reader.fit(course.batches(), callbacks=list(callbacks), **options).history["loss"]
+
+
+def train(name, task, seed):
+    """A language model trained with `fit`, from scratch: `(model, what happened)`.
+
+    First it learns to write: keys anywhere in texts of one step. The recipe's memory is normalized for that, without
+    noise, since a binary one learns to write slowly, if at all; then its signs alone are fed back. From there on texts
+    and noise grow as the loss permits.
+    """
+    keras.utils.set_random_seed(seed)
+    settings = MODELS[name][1]
+    writer = make_model(task, **({"fam_feedback": "normalized"} if name == "recipe" else settings))
+    losses = fit(writer, Course(seed), ARGS.write_steps, 2e-3)
+    model = make_model(task, **settings)
+    for new, old in zip(model.trainable_weights, writer.trainable_weights, strict=True):
+        new.assign(old)
+    course = Course(seed + 1000, keras_fam.NoiseScale(model) if "fam_noise" in settings else None)
+    climb = keras_fam.training.Curriculum(
+        course, range(len(LEVELS)), attribute="level", monitor="loss", threshold=CLIMB_AT
     )
-    return model
+    levels = []
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: levels.append(course.level))
+    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=2e-3, warmup_steps=50)
+    losses += fit(model, course, ARGS.steps, rate, [climb, note])
+    steps = [EPOCH * levels.index(level) for level in sorted(set(levels))]
+    return model, {"steps_at_which_levels_began": steps, "losses": [round(float(loss), 4) for loss in losses]}
 
 
 class Reader:
@@ -198,14 +221,16 @@ def run(name, seed):
     weights, path = ARGS.out / f"{name}_seed{seed}.weights.h5", ARGS.out / f"{name}_seed{seed}.json"
     result = json.loads(path.read_text()) if path.exists() else {"lengths": {}}
     if weights.exists():
-        model = make_model(name, task)
+        model = make_model(task, **MODELS[name][1])
         model.load_weights(weights)
     else:
-        print(f"{MODELS[name][0]}, seed {seed}: {ARGS.steps} steps", flush=True)
+        print(f"{MODELS[name][0]}, seed {seed}: {ARGS.write_steps} and {ARGS.steps} steps", flush=True)
         started = time.perf_counter()
-        model = train(name, task, seed)
+        model, history = train(name, task, seed)
+        seconds = round(time.perf_counter() - started, 1)
         model.save_weights(weights)
-        result = {"steps": ARGS.steps, "training_seconds": round(time.perf_counter() - started, 1), "lengths": {}}
+        result = {"steps": [ARGS.write_steps, ARGS.steps], "training_seconds": seconds, **history, "lengths": {}}
+        path.write_text(json.dumps(result) + "\n")
     reader = Reader(model)
     for factor in ARGS.factors:
         if str(factor) in result["lengths"]:
@@ -224,7 +249,7 @@ def gather():
         for path in sorted(ARGS.out.glob(f"{name}_seed*.json")):
             found = json.loads(path.read_text())
             seed = path.stem.split("seed")[1]
-            details[path.stem] = {k: found.get(k) for k in ("steps", "training_seconds")}
+            details[path.stem] = {k: found.get(k) for k in ("steps", "training_seconds", "steps_at_which_levels_began")}
             details[path.stem]["measuring_seconds"] = {f: got["seconds"] for f, got in found["lengths"].items()}
             for factor, got in found["lengths"].items():
                 for how, right in got["right"].items():

@@ -11,7 +11,7 @@ from keras_fam.models.backbone import TransformerFAMBackbone
 from keras_fam.models.causal_lm import TransformerFAMCausalLM
 from keras_fam.models.layout import layout_map
 from keras_fam.models.presets import preset
-from keras_fam.noise import NoiseRamp
+from keras_fam.noise import NoiseRamp, NoiseScale
 from keras_fam.state import Cursor, LayerState, StreamState
 from keras_fam.streaming import StreamingModel
 
@@ -22,6 +22,7 @@ __all__ = [
     "LayerState",
     "MemoryMonitor",
     "NoiseRamp",
+    "NoiseScale",
     "Ramp",
     "RandomStatePassing",
     "StreamScorer",

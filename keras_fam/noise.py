@@ -3,11 +3,41 @@
 import keras
 
 
+class NoiseScale:
+    """The share of `fam_noise` that is in force in a model, as one number that may be set between epochs.
+
+    It is a weight (`noise_scale`) of every layer, 1 in a new model. `NoiseRamp` sets it by epochs; to let it grow as
+    the loss permits, give this object to `keras_fam.training.Curriculum` with `attribute="share"`.
+
+    Args:
+        model: a model with `fam_noise`, or a Keras model around one.
+
+    Raises:
+        ValueError: for a model without `fam_noise`.
+    """
+
+    def __init__(self, model):
+        self._scales = [variable for variable in model.variables if variable.name == "noise_scale"]
+        if not self._scales:
+            raise ValueError(f"{model.name} has no noise to scale. Set `fam_noise` above 0.")
+
+    @property
+    def share(self) -> float:
+        return round(float(keras.ops.convert_to_numpy(self._scales[0])), 6)
+
+    @share.setter
+    def share(self, share):
+        if not 0 <= share <= 1:
+            raise ValueError(f"`share` lies between 0 and 1; received {share!r}.")
+        for scale in self._scales:
+            scale.assign(share)
+
+
 class NoiseRamp(keras.callbacks.Callback):
     """Lets `fam_noise` grow from 0 to its full size during `fit`: first the memory learns to hold, then to last.
 
-    Strong noise from the start keeps a model from learning what to write at all. The share in force is a weight
-    (`noise_scale`) of every layer; it is 1 where this callback is not used, and stays what it is after `fit`.
+    Strong noise from the start keeps a model from learning what to write at all. The share in force (`NoiseScale`) is 1
+    where this callback is not used, and stays what it is after `fit`.
 
     Args:
         start: epochs without noise, at least 0; counted as `fit` counts them.
@@ -24,10 +54,4 @@ class NoiseRamp(keras.callbacks.Callback):
         self.start, self.stop = start, stop
 
     def on_epoch_begin(self, epoch, logs=None):
-        scales = [variable for variable in self.model.variables if variable.name == "noise_scale"]
-        if not scales:
-            raise ValueError(
-                f"NoiseRamp needs a model whose layers have noise; {self.model.name} has none. Set `fam_noise` above 0."
-            )
-        for scale in scales:
-            scale.assign(min(max((epoch - self.start) / (self.stop - self.start), 0.0), 1.0))
+        NoiseScale(self.model).share = min(max((epoch - self.start) / (self.stop - self.start), 0.0), 1.0)

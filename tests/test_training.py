@@ -143,6 +143,29 @@ def test_noise_ramp():
         plain.fit(TOKENS, TOKENS, verbose=0, callbacks=[keras_fam.NoiseRamp(0, 1)])
 
 
+def test_noise_grows_as_the_loss_permits():
+    """`NoiseScale` is one number of a model, which `Curriculum` sets when a name in the logs gets there."""
+    lm = make(fam_noise=0.5)[0]
+    scale = keras_fam.NoiseScale(lm)
+    assert scale.share == 1.0
+    scale.share = 0.1
+    assert scale.share == 0.1
+    seen = []
+    look = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(scale.share))
+    lm.compile(keras.optimizers.SGD(0.0))
+    for threshold, expected in ((1e9, [0.1, 0.3, 0.7, 0.7]), (-1.0, [0.7, 0.7])):
+        climb = keras_fam.training.Curriculum(
+            scale, (0.1, 0.3, 0.7), attribute="share", monitor="loss", threshold=threshold
+        )
+        lm.fit(TOKENS, TOKENS, epochs=len(expected), verbose=0, callbacks=[climb, look])
+        assert seen == expected
+        seen.clear()
+    with pytest.raises(ValueError, match=r"received 1\.5"):
+        scale.share = 1.5
+    with pytest.raises(ValueError, match="fam_noise"):
+        keras_fam.NoiseScale(make()[0])
+
+
 def test_layers_with_settings_of_their_own():
     """As in Gemma 3: layer 0 sees 3 keys and has another wavelength."""
     own = {"attention_window": 3, "rope_wavelength": 100.0}
