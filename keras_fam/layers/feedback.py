@@ -89,8 +89,6 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
     if seed is not None:
         xs["seed"] = fold(seed, 4 * step_index + 2)
 
-    project = MemoryRows(layer, with_query=static is None)
-
     def initial():
         fam, key, value = first
         query = layer.memory_query(norm(fam if static is None else static), start)
@@ -99,7 +97,7 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
             residual = residual * ops.cast(ops.logical_not(cursor.fresh), residual.dtype)[:, None, None]
         return Memory(fam, residual, query, key, value)
 
-    def step(memory, x):
+    def step(memory, x, project):
         new = _update(layer, memory, x, static, norm, write, project)
         if "active" in x:
             new = where_rows(x["active"], new, memory)
@@ -111,7 +109,7 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
         x = {name: part[0] for name, part in xs.items()}
 
         def fill():
-            new, _ = step(initial(), x)
+            new, _ = step(initial(), x, MemoryRows(layer, with_query=static is None))
             return new.fam, new.key, new.value
 
         fam, key, value = branch(ops.any(completed > 0), fill, lambda: first)
@@ -120,9 +118,9 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
             reads = [ops.stack([a, b], axis=1) for a, b in zip(first[1:], (key, value), strict=True)]
         rider = fam if layer.initial_fam == "summary" else None
     else:
-        memory = initial()
+        memory, project = initial(), MemoryRows(layer, with_query=static is None)
         like = (memory.key, memory.value) + ((memory.fam,) if layer.initial_fam == "summary" else ())
-        memory, ys = scan(step, memory, xs, like)
+        memory, ys = scan(lambda memory, x: step(memory, x, project), memory, xs, like)
         reads, fams = ys[:2], ys[2:]
         fam, key, value = memory.fam, memory.key, memory.value
         if not isinstance(num_updates, int) or num_blocks > num_updates:
