@@ -195,12 +195,14 @@ def fed_back(layer, fam, seed=None):
     """
     if layer.fam_feedback == "normalized":
         fam = fam * ops.rsqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True) + RMS_EPSILON)
-    if layer.fam_noise and seed is not None:
-        size = layer.fam_noise * ops.cast(layer.noise_scale, fam.dtype)
-        if layer.fam_feedback != "binary":
-            size = size * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
-        fam = fam + size * noise(ops.shape(fam), fam.dtype, seed)
-    return _signs(fam) if layer.fam_feedback == "binary" else fam
+    if layer.fam_feedback == "binary":
+        fam = _signs(fam)
+    if not layer.fam_noise or seed is None:
+        return fam
+    drawn = layer.fam_noise * ops.cast(layer.noise_scale, fam.dtype) * noise(ops.shape(fam), fam.dtype, seed)
+    if layer.fam_feedback == "binary":  # a number is turned round where noise outweighs it: no size protects it
+        return fam * ops.where(1.0 + drawn > 0, ops.ones_like(fam), -ops.ones_like(fam))
+    return fam + drawn * ops.sqrt(ops.mean(ops.square(fam), axis=-1, keepdims=True))
 
 
 def ride_up(layer, state, key, value, hooks, rider):
