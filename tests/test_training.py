@@ -10,6 +10,7 @@ from support import ORACLE, SPLIT, close, gradients, numpy, relative
 from test_model import TOKENS, L, V, make
 
 import keras_fam
+from keras_fam.layers.feedback import fed_back
 
 ROWS = np.tile(TOKENS[:1], (8, 1))  # eight rows of the same tokens: what differs between them was drawn
 
@@ -141,6 +142,21 @@ def test_noise_ramp():
     plain.compile()
     with pytest.raises(ValueError, match="fam_noise"):
         plain.fit(TOKENS, TOKENS, verbose=0, callbacks=[keras_fam.NoiseRamp(0, 1)])
+
+
+def test_noise_turns_binary_numbers_round():
+    """As often as Gaussian noise outweighs 1, whatever the size of what was written; never outside of training."""
+    layer = make(fam_noise=0.6, fam_feedback="binary")[0].backbone.blocks[0].attention
+    fam = np.random.default_rng(0).normal(size=(2000, layer.fam_length, 8)).astype("float32")
+    seed = ops.convert_to_tensor([3, 5], "int32")
+    shares = []
+    for size in (1e-3, 1e3):
+        noisy = numpy(fed_back(layer, ops.convert_to_tensor(size * fam), seed))
+        np.testing.assert_array_equal(np.abs(noisy), 1)
+        shares.append(np.mean(noisy != np.where(fam >= 0, 1, -1)))
+    assert shares[0] == shares[1]
+    assert abs(shares[0] - 0.0478) < 0.01  # the normal distribution below −1 / 0.6
+    np.testing.assert_array_equal(numpy(fed_back(layer, ops.convert_to_tensor(fam))), np.where(fam >= 0, 1, -1))
 
 
 def test_noise_grows_as_the_loss_permits():
