@@ -18,7 +18,7 @@ def king_james(folder="out/king_james") -> dict[str, str]:
         folder: where the packages are unpacked, unless they are installed.
 
     Returns:
-        The package's short name of a book (`"Ge"`, `"1Sam"`, `"Rev"`) to its text, in order: a line each verse, an
+        The package's short name of a book (`"Ge"`, `"1Sm"`, `"Rev"`) to its text, in order: a line each verse, an
         empty line between chapters.
 
     Raises:
