@@ -25,14 +25,15 @@ import time
 BLOCK, CHUNK = 32, 4  # tokens in a block; blocks in a training step
 BATCH, GROUPS, SHORT = 32, 4, 3  # rows; groups of them with texts of their own; steps in the longest short text
 EPOCH = 100  # steps
-# Training climbs a level after every epoch whose mean loss is at most `CLIMB_AT`. A level is: steps in the longest
-# text; noise, at most `--fam-noise`; how many groups of rows have texts that long with the key at the start, and with
-# the key anywhere.
+# Training climbs a level after every epoch whose mean loss is small enough. A level is: steps in the longest text;
+# noise, at most `--fam-noise`; how many groups of rows have texts that long with the key at the start, and with the key
+# anywhere; the loss at which the next one begins. What is not written well before there is noise is not learned later.
 LEVELS = (
-    *((1, 0.0, 0, 0), (2, 0.0, 1, 0), (3, 0.0, 1, 0), (4, 0.0, 1, 0), (6, 0.0, 1, 1), (8, 0.0, 1, 1)),
-    *((8, noise, 1, 1) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+    *((1, 0.0, 0, 0, 0.05), (2, 0.0, 1, 0, 0.1), (3, 0.0, 1, 0, 0.1), (4, 0.0, 1, 0, 0.1), (6, 0.0, 1, 1, 0.1)),
+    (8, 0.0, 1, 1, 0.05),
+    *((8, noise, 1, 1, 0.2) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
-LONGEST, CLIMB_AT = LEVELS[-1][0], 0.2
+LONGEST, WRITTEN_AT = LEVELS[-1][0], 0.03  # the loss at which writing has been learned
 
 
 def arguments():
@@ -42,8 +43,8 @@ def arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000], help="of LONGEST")
     parser.add_argument("--rows", type=int, default=64, help="texts of each length and seed")
-    parser.add_argument("--write-steps", type=int, default=1300, help="steps that teach writing alone")
-    parser.add_argument("--steps", type=int, default=10000, help="steps after these")
+    parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
+    parser.add_argument("--steps", type=int, default=14000, help="steps after these")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
     parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
@@ -86,8 +87,8 @@ def question_tokens(task):
     return len(task.tokenizer.encode(QUESTION)) + ARGS.digits
 
 
-def disturbed(text, task, rng):
-    """Token ids of a batch with other words in place of some, as many as `--replaced` in the worst rows.
+def disturbed(text, task, share, rng):
+    """Token ids of a batch with other words in place of some, at most `share` of them.
 
     The training prose has 40,000 tokens, and a memory that saw no others forgets sooner in prose that it did not see.
     Introduction and statement stay, and no digit is put in.
@@ -97,8 +98,8 @@ def disturbed(text, task, rng):
     first = text["key_positions"][:, None] - len(encode(STATEMENT.split("{key}")[0]))
     kept = (place < len(encode(INTRODUCTION))) | ((place >= first) & (place < text["statement_ends"][:, None]))
     words = np.setdiff1d(np.arange(task.vocabulary_size), [task.tokenizer.pad_id, *task.tokenizer.digit_ids])
-    share = ARGS.replaced * rng.random((len(ids), 1))
-    return np.where((rng.random(ids.shape) < share) & ~kept, rng.choice(words, ids.shape), ids).astype("int32")
+    shares = share * rng.random((len(ids), 1))
+    return np.where((rng.random(ids.shape) < shares) & ~kept, rng.choice(words, ids.shape), ids).astype("int32")
 
 
 class Course:
@@ -108,8 +109,8 @@ class Course:
     short ones, with the key anywhere, so that keys are written often. `level` may be set between epochs.
     """
 
-    def __init__(self, seed, noise=None):
-        self.seed, self.noise, self.level = seed, noise, 0
+    def __init__(self, seed, noise=None, replaced=0.0):
+        self.seed, self.noise, self.replaced, self.level = seed, noise, replaced, 0
         self.tasks = {position: make_task(seed, position) for position in ("start", "anywhere")}
 
     @property
@@ -126,12 +127,12 @@ class Course:
         """Steps `(chunk, is_first, keys, whether they are known)` of one text after another, without end."""
         rows, tokens = BATCH // GROUPS, CHUNK * BLOCK
         while True:
-            longest, _, at_start, anywhere = LEVELS[self.level]
+            longest, _, at_start, anywhere, _ = LEVELS[self.level]
             task = self.tasks["start" if group < at_start else "anywhere"]
             most = longest if group < at_start + anywhere else min(longest, SHORT)
             count = rng.integers(1, most + 1)
             text = task.batch(rows, total_tokens=count * tokens + question_tokens(task), seed=rng)
-            ids = disturbed(text, task, rng)
+            ids = disturbed(text, task, self.replaced, rng)
             for i in range(count):
                 chunk = ids[:, i * tokens : (i + 1) * tokens]
                 yield chunk, np.full(rows, i == 0), text["keys"], text["statement_ends"] <= (i + 1) * tokens
@@ -168,27 +169,40 @@ def fit(model, course, steps, rate, callbacks=()):
 def train(name, task, seed):
     """A language model trained with `fit`, from scratch: `(model, what happened)`.
 
-    First it learns to write: keys anywhere in texts of one step. The recipe's memory is normalized for that, without
-    noise, since a binary one learns to write slowly, if at all; then its signs alone are fed back. From there on texts
-    and noise grow as the loss permits.
+    First it learns to write: keys anywhere in texts of one step, until the loss is small. The recipe's memory is
+    normalized for that, without noise, since a binary one learns to write slowly, if at all; then its signs alone are
+    fed back. From there on texts and noise grow as the loss permits.
     """
     keras.utils.set_random_seed(seed)
     settings = MODELS[name][1]
     writer = make_model(task, **({"fam_feedback": "normalized"} if name == "recipe" else settings))
-    losses = fit(writer, Course(seed), ARGS.write_steps, 2e-3)
+    losses = fit(writer, Course(seed), ARGS.write_steps, 2e-3, [StopAt(WRITTEN_AT)])
+    written = EPOCH * len(losses)
     model = make_model(task, **settings)
     for new, old in zip(model.trainable_weights, writer.trainable_weights, strict=True):
         new.assign(old)
-    course = Course(seed + 1000, keras_fam.NoiseScale(model) if "fam_noise" in settings else None)
+    course = Course(seed + 1000, keras_fam.NoiseScale(model) if "fam_noise" in settings else None, ARGS.replaced)
     climb = keras_fam.training.Curriculum(
-        course, range(len(LEVELS)), attribute="level", monitor="loss", threshold=CLIMB_AT
+        course, range(len(LEVELS)), attribute="level", monitor="loss", threshold=[level[-1] for level in LEVELS]
     )
     levels = []
     note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: levels.append(course.level))
     rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=2e-3, warmup_steps=50)
     losses += fit(model, course, ARGS.steps, rate, [climb, note])
     steps = [EPOCH * levels.index(level) for level in sorted(set(levels))]
-    return model, {"steps_at_which_levels_began": steps, "losses": [round(float(loss), 4) for loss in losses]}
+    losses = [round(float(loss), 4) for loss in losses]
+    return model, {"steps": [written, ARGS.steps], "steps_at_which_levels_began": steps, "losses": losses}
+
+
+class StopAt(keras.callbacks.Callback):
+    """Ends `fit` after an epoch whose mean loss is small enough."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = logs["loss"] <= self.loss
 
 
 class Reader:
@@ -241,12 +255,12 @@ def run(name, seed):
         model = make_model(task, **MODELS[name][1])
         model.load_weights(weights)
     else:
-        print(f"{MODELS[name][0]}, seed {seed}: {ARGS.write_steps} and {ARGS.steps} steps", flush=True)
+        print(f"{MODELS[name][0]}, seed {seed}: {ARGS.write_steps} and {ARGS.steps} steps at most", flush=True)
         started = time.perf_counter()
         model, history = train(name, task, seed)
         seconds = round(time.perf_counter() - started, 1)
         model.save_weights(weights)
-        result = {"steps": [ARGS.write_steps, ARGS.steps], "training_seconds": seconds, **history, "lengths": {}}
+        result = {"training_seconds": seconds, **history, "lengths": {}}
         path.write_text(json.dumps(result) + "\n")
     reader = Reader(model)
     for factor in ARGS.factors:

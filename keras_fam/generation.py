@@ -9,6 +9,7 @@ import contextlib
 import numpy as np
 from keras import ops
 
+from keras_fam.ops.backend import small_step
 from keras_fam.sampling import choose, copied, find_sampler, program
 
 
@@ -85,11 +86,14 @@ def generate_stream(
 
 def _steps(stream, count, sampler, stops):
     model = stream.model
+    read = small_step(
+        model, "one token of some rows", lambda ids, state, alive: model.advance(ids, state, lengths=alive)
+    )
 
     def make(sampler):
         def step(state, logits, alive):
             token = ops.cast(sampler.get_next_token(sampler.compute_probabilities(logits)), "int32")
-            outputs, state = model.advance(ops.expand_dims(token, 1), state, lengths=alive)
+            outputs, state = read(ops.expand_dims(token, 1), state, alive)
             going = alive > 0
             after = ops.where(ops.expand_dims(going, 1), ops.cast(outputs[:, 0], logits.dtype), logits)
             return ops.where(going, token, -1), state, after

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import compiled
+from keras_fam.ops.backend import compiled, small_step
 
 SMALLEST_BUFFER = 16
 
@@ -39,14 +39,18 @@ def sample(model, state, next_logits, max_new_tokens, sampler, stop_token_ids=()
         hidden = ops.zeros((rows, model.backbone.hidden_dim), "float32")
         given["hidden_states"] = ops.zeros((rows, width, model.backbone.hidden_dim), "float32")
 
-    def read(tokens, state, index):
-        token = ops.expand_dims(ops.take(tokens, index - 1, axis=1), 1)
+    def one_token(token, state):
         if not with_hidden:
             logits, state = model.advance(token, state)
             return state, ops.cast(logits[:, 0], "float32"), ()
         hidden, state = model.backbone.advance(token, state)
         logits = model.backbone.token_embedding(hidden, reverse=True)
         return state, ops.cast(logits[:, 0], "float32"), ops.cast(hidden[:, 0], "float32")
+
+    step = small_step(model, ("one token", with_hidden), one_token)
+
+    def read(tokens, state, index):
+        return step(ops.expand_dims(ops.take(tokens, index - 1, axis=1), 1), state)
 
     def following(tokens, cache, index):
         """What KerasHub calls `next`: `(logits, hidden, cache)` for the token at `index`; the first logits are here."""

@@ -192,7 +192,7 @@ class Curriculum(keras.callbacks.Callback):
         epochs: epochs of each stage, an int or one per stage; None where `monitor` is given.
         monitor: None, or a name in the logs such as `"loss"`: the next stage begins after an epoch at whose end it has
             reached `threshold`.
-        threshold: float.
+        threshold: float, or one number per stage (that of the last one is not needed).
         mode: `"min"` (at most `threshold`) or `"max"` (at least).
 
     Raises:
@@ -217,7 +217,14 @@ class Curriculum(keras.callbacks.Callback):
             if len(lengths) < len(self.values) - 1 or min(lengths) < 1:
                 raise ValueError(f"`epochs` has a number for each of {len(self.values)} stages; received {epochs!r}.")
             self.ends = np.cumsum(lengths)
-        self.monitor, self.threshold, self.mode = monitor, threshold, mode
+        self.thresholds = None
+        if monitor is not None:
+            self.thresholds = list(threshold) if np.ndim(threshold) else [threshold] * len(self.values)
+            if len(self.thresholds) < len(self.values) - 1:
+                raise ValueError(
+                    f"`threshold` has a number for each of {len(self.values)} stages; received {threshold!r}."
+                )
+        self.monitor, self.mode = monitor, mode
         self._done = False
 
     @property
@@ -242,4 +249,6 @@ class Curriculum(keras.callbacks.Callback):
         found = (logs or {}).get(self.monitor)
         if found is None:
             raise ValueError(f"`monitor` is a name in the logs, {sorted(logs or {})}; received {self.monitor!r}.")
-        self._done = found <= self.threshold if self.mode == "min" else found >= self.threshold
+        threshold = (*self.thresholds, None)[self.stage]
+        if threshold is not None:  # None: the last stage, which nothing ends
+            self._done = found <= threshold if self.mode == "min" else found >= threshold

@@ -1,7 +1,10 @@
-"""What Keras has no single call for. Backend branches live here, in `scan.py` and in `attention.py`; nowhere else."""
+"""What Keras has no single call for. Backend branches live here, in `scan.py` and in `attention.py`, and what is for
+torch alone in `recorded.py`; nowhere else."""
 
 import keras
 from keras import ops
+
+from keras_fam.ops.recorded import Recorded, is_recording
 
 
 def is_eager(x):
@@ -15,7 +18,7 @@ def is_eager(x):
         return not isinstance(x, jax.core.Tracer)
     if backend == "tensorflow":
         return hasattr(x, "numpy")
-    return type(x).__name__ != "FakeTensor"
+    return type(x).__name__ != "FakeTensor" and not is_recording()
 
 
 def platform():
@@ -117,7 +120,7 @@ def programs_of(model) -> dict:
     return vars(model).setdefault("_stream_programs", {})  # past Keras' tracking of attributes
 
 
-def compiled(function, variables):
+def compiled(function, variables, *, small=False):
     """A compiled form of a function of tensors that reads `variables` and is not differentiated.
 
     Compiled once per combination of input shapes (JAX, TensorFlow); on torch it runs eagerly without autograd.
@@ -125,6 +128,8 @@ def compiled(function, variables):
     Args:
         function: function of structures of tensors, with a structure of tensors as result.
         variables: function without arguments that lists the `keras.Variable`s it reads.
+        small: whether it does so little that torch runs it from a recorded graph (`Recorded`) after a few calls. It has
+            no effects then, draws nothing, and loops over no values.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -145,7 +150,25 @@ def compiled(function, variables):
         return _remade(lambda: tf.function(function, autograph=False, reduce_retracing=False), variables)
     import torch
 
+    if small:
+        return torch.no_grad()(_remade(lambda: Recorded(function, variables()), variables))
     return torch.no_grad()(function)
+
+
+def small_step(model, name, function):
+    """A function of tensors that a loop of a compiled program calls: as it is, but on torch from a recorded graph.
+
+    Args:
+        model: the model whose variables it reads, which keeps the graphs.
+        name: a key that tells it from other functions of the model.
+        function: see `compiled`.
+    """
+    if keras.backend.backend() != "torch":
+        return function
+    programs = programs_of(model)
+    if name not in programs:
+        programs[name] = compiled(function, lambda: model.variables, small=True)
+    return programs[name]
 
 
 def _remade(make, variables):

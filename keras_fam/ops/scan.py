@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_fam.ops.backend import is_eager
+from keras_fam.ops.recorded import assume_false, is_recording
 
 # Outside of `jit`, JAX would compile a loop anew at every call: up to this length it is run step by step instead.
 MAX_EAGER_STEPS = 64
@@ -43,6 +44,9 @@ def branch(predicate, true, false):
 
     As `ops.cond`, but a predicate that can be read now is: JAX would compile both branches at every eager call.
     """
+    if is_recording():
+        assume_false(predicate)
+        return false()
     if is_eager(predicate):
         return true() if bool(predicate) else false()
     return ops.cond(predicate, true, false)

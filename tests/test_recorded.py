@@ -1,0 +1,115 @@
+"""torch: small steps run from recorded graphs, with the same numbers. Elsewhere they are compiled like any others."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_fam
+from keras_fam.ops.backend import compiled, programs_of
+from keras_fam.ops.recorded import CALLS_BEFORE, Recorded
+
+S, V = 4, 13
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="graphs are recorded on torch alone")
+
+
+def make_model(**settings):
+    keras.utils.set_random_seed(3)
+    backbone = keras_fam.TransformerFAMBackbone(
+        V, 2, 16, 2, 32, block_size=S, memory_segments=1, fam_length=2, **settings
+    )
+    model = keras_fam.TransformerFAMCausalLM(backbone)
+    model.build()
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"initial_fam": "summary"}, {"num_visible_memories": 2}], ids=str)
+def test_token_by_token_past_several_blocks(settings):
+    """Tokens one by one, as many as it takes to run from a graph, give what the whole text gives."""
+    model = make_model(**settings)
+    ids = np.random.default_rng(0).integers(0, V, (2, CALLS_BEFORE + 5 * S + 1))
+    whole = ops.convert_to_numpy(model(ids))
+    run = compiled(lambda x, state: model.advance(x, state), lambda: model.variables, small=True)
+    state, rows = model.get_initial_state(2), []
+    for i in range(ids.shape[1]):
+        out, state = run(ops.convert_to_tensor(ids[:, i : i + 1].astype("int32")), state)
+        rows.append(ops.convert_to_numpy(out))
+    assert np.abs(np.concatenate(rows, axis=1) - whole).max() <= 1e-5
+    assert ops.convert_to_numpy(state.cursor.block_index).tolist() == [ids.shape[1] // S] * 2
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "top_k"])
+def test_generation_goes_on_from_graphs(sampler):
+    """What a long generation chooses is what token-by-token streams of the same seed choose."""
+    model = make_model()
+    stream, other = (keras_fam.StreamingModel(model, batch_size=2) for _ in range(2))
+    settings = {"sampler": sampler, "seed": 5, "max_new_tokens": 4 * CALLS_BEFORE}
+    tokens = stream.generate([[1, 2, 3], [4]], **settings)
+    assert np.array(tokens).T.tolist() == [row.tolist() for row in other.generate_stream([[1, 2, 3], [4]], **settings)]
+    ids, lengths = keras_fam.generation.pad_rows([[1, 2, 3, *tokens[0]], [4, *tokens[1]]])
+    logits, _ = model.advance(ids, model.get_initial_state(2), lengths=lengths)
+    last = ops.convert_to_numpy(logits)[np.arange(2), lengths - 1]
+    assert np.abs(ops.convert_to_numpy(stream.next_logits) - last).max() <= 1e-5
+
+
+def test_graphs_follow_the_weights():
+    """Assigned weights are read from the graph; LoRA makes a new one."""
+    model = make_model()
+    stream = keras_fam.StreamingModel(model, batch_size=1)
+    for _ in range(CALLS_BEFORE + 2):
+        stream.predict(np.array([[5]]), verbose=0)
+    (program,) = programs_of(model).values()
+
+    def check():
+        stream.reset_state()
+        given = np.array([[3, 1, 4]])
+        found = np.concatenate([stream.predict(given[:, i : i + 1], verbose=0) for i in range(3)], axis=1)
+        assert np.abs(found - ops.convert_to_numpy(model(given))).max() <= 1e-6
+
+    check()
+    for variable in model.trainable_variables:
+        variable.assign(variable.value * 1.5 + 0.01)
+    check()
+    model.backbone.enable_lora(2)
+    for variable in model.trainable_variables:
+        variable.assign(variable.value + 0.1)
+    check()
+    assert (program,) == tuple(programs_of(model).values())
+
+
+def test_what_cannot_be_recorded_goes_on():
+    import torch
+
+    def reads_values(x):
+        return x * 2 if float(x.sum()) > 0 else x
+
+    run = Recorded(reads_values, [])
+    for sign in (1.0, -1.0) * CALLS_BEFORE:
+        x = torch.full((2,), sign)
+        assert torch.equal(run(x), reads_values(x))
+    assert list(run.graphs.values()) == [()]
+
+
+def test_simplified_graph():
+    """Constants are computed once, equal ones kept once; what is written in place is left alone."""
+    import torch
+
+    weight = keras.Variable(np.array([1.0, 2.0]), trainable=False)
+
+    def function(x):
+        count = torch.arange(2) + 1
+        held = torch.zeros(2)
+        held.add_(x)
+        return held + count, (x + weight.value) * (torch.arange(2) + 1), x + weight.value
+
+    run = Recorded(function, [weight])
+    for i in range(CALLS_BEFORE + 3):
+        x = torch.tensor([float(i), 1.0])
+        for a, b in zip(run(x), function(x), strict=True):
+            assert torch.equal(a, b)
+    ((graph, _),) = run.graphs.values()
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert "aten.arange.default" not in names and names.count("aten.add.Tensor") == 2
+    assert len(dict(graph.named_buffers())) <= 2  # 1 and 2; zeros are made anew for writing
+    weight.assign([5.0, 6.0])
+    assert torch.equal(run(x)[2], x + torch.tensor([5.0, 6.0]))
