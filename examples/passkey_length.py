@@ -30,7 +30,7 @@ EPOCH = 100  # steps
 # anywhere; the loss at which the next one begins. What is not written well before there is noise is not learned later.
 LEVELS = (
     *((1, 0.0, 0, 0, 0.05), (2, 0.0, 1, 0, 0.1), (3, 0.0, 1, 0, 0.1), (4, 0.0, 1, 0, 0.1), (6, 0.0, 1, 1, 0.1)),
-    (8, 0.0, 1, 1, 0.05),
+    (8, 0.0, 1, 1, 0.1),
     *((8, noise, 1, 1, 0.2) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
 LONGEST, WRITTEN_AT = LEVELS[-1][0], 0.03  # the loss at which writing has been learned
@@ -44,7 +44,8 @@ def arguments():
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000], help="of LONGEST")
     parser.add_argument("--rows", type=int, default=64, help="texts of each length and seed")
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
-    parser.add_argument("--steps", type=int, default=14000, help="steps after these")
+    parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
+    parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
     parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
@@ -171,38 +172,40 @@ def train(name, task, seed):
 
     First it learns to write: keys anywhere in texts of one step, until the loss is small. The recipe's memory is
     normalized for that, without noise, since a binary one learns to write slowly, if at all; then its signs alone are
-    fed back. From there on texts and noise grow as the loss permits.
+    fed back. From there on texts and noise grow as the loss permits, and at the last level the learning rate falls.
     """
     keras.utils.set_random_seed(seed)
     settings = MODELS[name][1]
     writer = make_model(task, **({"fam_feedback": "normalized"} if name == "recipe" else settings))
-    losses = fit(writer, Course(seed), ARGS.write_steps, 2e-3, [StopAt(WRITTEN_AT)])
+    course = Course(seed)
+    until = keras_fam.training.Curriculum(
+        course, [0], attribute="level", monitor="loss", threshold=WRITTEN_AT, stop=True
+    )
+    losses = fit(writer, course, ARGS.write_steps, 2e-3, [until])
     written = EPOCH * len(losses)
     model = make_model(task, **settings)
     for new, old in zip(model.trainable_weights, writer.trainable_weights, strict=True):
         new.assign(old)
     course = Course(seed + 1000, keras_fam.NoiseScale(model) if "fam_noise" in settings else None, ARGS.replaced)
     climb = keras_fam.training.Curriculum(
-        course, range(len(LEVELS)), attribute="level", monitor="loss", threshold=[level[-1] for level in LEVELS]
+        course,
+        range(len(LEVELS)),
+        attribute="level",
+        monitor="loss",
+        threshold=[level[-1] for level in LEVELS],
+        stop=True,
     )
     levels = []
-    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: levels.append(course.level))
-    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=2e-3, warmup_steps=50)
-    losses += fit(model, course, ARGS.steps, rate, [climb, note])
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: levels.append(course.level))
+    climbing = fit(model, course, ARGS.climb_steps, 2e-3, [climb, note])
     steps = [EPOCH * levels.index(level) for level in sorted(set(levels))]
+    course.seed += 1000
+    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=2e-3, warmup_steps=50)
+    settling = fit(model, course, ARGS.steps, rate)
+    losses += climbing + settling
+    counts = [EPOCH * len(part) for part in (climbing, settling)]
     losses = [round(float(loss), 4) for loss in losses]
-    return model, {"steps": [written, ARGS.steps], "steps_at_which_levels_began": steps, "losses": losses}
-
-
-class StopAt(keras.callbacks.Callback):
-    """Ends `fit` after an epoch whose mean loss is small enough."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.loss = loss
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.model.stop_training = logs["loss"] <= self.loss
+    return model, {"steps": [written, *counts], "steps_at_which_levels_began": steps, "losses": losses}
 
 
 class Reader:
@@ -255,7 +258,8 @@ def run(name, seed):
         model = make_model(task, **MODELS[name][1])
         model.load_weights(weights)
     else:
-        print(f"{MODELS[name][0]}, seed {seed}: {ARGS.write_steps} and {ARGS.steps} steps at most", flush=True)
+        most = (ARGS.write_steps, ARGS.climb_steps, ARGS.steps)
+        print(f"{MODELS[name][0]}, seed {seed}: at most {' and '.join(map(str, most))} steps", flush=True)
         started = time.perf_counter()
         model, history = train(name, task, seed)
         seconds = round(time.perf_counter() - started, 1)

@@ -4,6 +4,7 @@ Each block states one pair of a key and a value; the question at the end asks fo
 keys differ, and the question is how many pairs a memory of F rows holds. *Rewrite*: a few keys get new values again and
 again, the last one counts, and the question is for how many updates that goes on, beyond those trained on. FAM and RMT
 have no memory segments, so that all they know of earlier blocks is the memory; BSWA has one, and no smaller a state.
+The number of pairs grows whenever the loss is small, and training ends once the most pairs are learned.
 
 Every training is kept in `--out`, so that systems and seeds can be spread over calls.
 
@@ -24,21 +25,22 @@ SYSTEMS = {
     "RMT": ("RMT", {"fam_recurrence": "stack"}),
     "BSWA": ("BSWA, one segment", {"fam_length": 0, "memory_segments": 1}),
 }
-TASKS = {  # name: (settings by pairs, most pairs trained on, pairs asked for)
-    "remember": (lambda pairs: {}, 6, (1, 2, 3, 4, 5, 6, 8, 10)),
-    "rewrite": (lambda pairs: {"num_keys": min(pairs, 3)}, 8, (3, 4, 6, 8, 16, 32, 64, 128)),
+TASKS = {  # name: (settings by pairs, fewest and most pairs trained on, pairs asked for)
+    "remember": (lambda pairs: {}, (1, 8), (1, 2, 3, 4, 5, 6, 7, 8)),
+    "rewrite": (lambda pairs: {"num_keys": 3}, (3, 8), (3, 4, 6, 8, 16, 32, 64, 128)),
 }
-BLOCK, LAYERS, ROWS = 8, 2, 512  # tokens in a block; layers; rows asked
+BLOCK, LAYERS, ROWS = 16, 2, 512  # tokens in a block; layers; rows asked
+EPOCH, LEARNED = 100, 0.08  # steps; the mean loss of an epoch at which one more pair comes in
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
 parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
 parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
 parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-parser.add_argument("--steps", type=int, default=6000)
-parser.add_argument("--batch", type=int, default=64)
+parser.add_argument("--steps", type=int, default=6000, help="at most")
+parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--width", type=int, default=64)
-parser.add_argument("--fam-length", type=int, default=4)
+parser.add_argument("--fam-length", type=int, default=8)
 parser.add_argument("--symbols", type=int, default=16)
 parser.add_argument("--learning-rate", type=float, default=2e-3)
 parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/recall"))
@@ -67,31 +69,46 @@ def make_model(name, vocabulary_size):
     return model
 
 
-def batches(name, seed):
-    """Batches without end; the most pairs grow to those of the task in the first half of the training.
+class Pairs:
+    """Batches without end: half of them have as many pairs as there may be now, the others fewer.
 
     Texts have one length, so that one program is compiled: blanks follow the question, at no weight.
     """
-    rng, most = np.random.default_rng(seed), TASKS[name][1]
-    least, total = TASKS[name][2][0], (most + 1) * BLOCK
-    for step in range(ARGS.steps):
-        now = least + (most - least) * min(2.2 * step / ARGS.steps, 1.0)
-        pairs = int(rng.integers(least, int(now + 0.5) + 1))
-        batch = make_task(name, pairs).batch(ARGS.batch, seed=rng)
-        ids, targets, weights = (batch[part] for part in ("token_ids", "targets", "loss_weights"))
-        room = [(0, 0), (0, total - ids.shape[1])]
-        yield np.pad(ids, room), np.pad(targets, room), np.pad(weights, room) * total
+
+    def __init__(self, name, seed):
+        self.name, self.rng, self.least, self.longest = name, np.random.default_rng(seed), *TASKS[name][1]
+        self.most = self.least
+
+    def batches(self):
+        total = (self.longest + 1) * BLOCK
+        while True:
+            fewer = self.rng.random() < 0.5
+            pairs = int(self.rng.integers(self.least, self.most + 1)) if fewer else self.most
+            batch = make_task(self.name, pairs).batch(ARGS.batch, seed=self.rng)
+            ids, targets, weights = (batch[part] for part in ("token_ids", "targets", "loss_weights"))
+            room = [(0, 0), (0, total - ids.shape[1])]
+            yield np.pad(ids, room), np.pad(targets, room), np.pad(weights, room) * total
 
 
 def train(name, task, seed):
+    """`(model, steps, seconds, the steps at which another pair came in)`."""
     keras.utils.set_random_seed(seed)
     model = make_model(name, make_task(task, 3).vocabulary_size)
-    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=ARGS.learning_rate, warmup_steps=50)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # Held, and lowered in the last tenth: how long each number of pairs takes is not known before.
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [50, ARGS.steps * 9 // 10], [ARGS.learning_rate / 4, ARGS.learning_rate, ARGS.learning_rate / 10]
+    )
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
-    started, epoch = time.perf_counter(), min(500, ARGS.steps)
-    model.fit(batches(task, seed), steps_per_epoch=epoch, epochs=ARGS.steps // epoch, verbose=2, shuffle=False)
-    return model, time.perf_counter() - started
+    pairs, grown, started = Pairs(task, seed), [], time.perf_counter()
+    grow = keras_fam.training.Curriculum(
+        pairs, range(pairs.least, pairs.longest + 1), attribute="most", monitor="loss", threshold=LEARNED, stop=True
+    )
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: grown.append(pairs.most))
+    options = {"steps_per_epoch": EPOCH, "epochs": ARGS.steps // EPOCH, "verbose": 2, "shuffle": False}
+    model.fit(pairs.batches(), callbacks=[grow, note], **options)
+    steps = {most: EPOCH * grown.index(most) for most in sorted(set(grown))}
+    return model, EPOCH * len(grown), round(time.perf_counter() - started, 1), steps
 
 
 def exact(model, task, seed, how=None):
@@ -120,8 +137,9 @@ def main():
                 if key in found["runs"]:
                     continue
                 print(f"{key}: {ARGS.steps} steps", flush=True)
-                model, seconds = train(name, task, seed)
-                run = {"state_numbers": state_numbers(model), "seconds": round(seconds, 1), "steps": ARGS.steps}
+                model, steps, seconds, grown = train(name, task, seed)
+                run = {"state_numbers": state_numbers(model), "seconds": seconds, "steps": steps}
+                run["steps_at_which_pairs_came_in"] = grown
                 run |= {"pairs": TASKS[task][2], "trained_pairs": TASKS[task][1], "exact": exact(model, task, seed)}
                 if model.backbone.fam_length:
                     run["knock_outs"] = {how: exact(model, task, seed, how) for how in KNOCK_OUTS}
@@ -139,7 +157,8 @@ def main():
                 }
                 path.write_text(json.dumps(found, indent=1) + "\n")
     for task in ARGS.tasks:
-        print(f"\n{task}: right answers in %, {ROWS} rows, by pairs (trained on at most {TASKS[task][1]})")
+        least, most = TASKS[task][1]
+        print(f"\n{task}: right answers in %, {ROWS} rows, by pairs (trained on {least} to {most})")
         print(f"{'':<44}" + "".join(f"{n:>7}" for n in TASKS[task][2]) + "   numbers of state")
         for key, run in found["runs"].items():
             if key.startswith(task):

@@ -192,14 +192,26 @@ class Curriculum(keras.callbacks.Callback):
         epochs: epochs of each stage, an int or one per stage; None where `monitor` is given.
         monitor: None, or a name in the logs such as `"loss"`: the next stage begins after an epoch at whose end it has
             reached `threshold`.
-        threshold: float, or one number per stage (that of the last one is not needed).
+        threshold: float, or one number per stage (the last one's is not needed without `stop`).
         mode: `"min"` (at most `threshold`) or `"max"` (at least).
+        stop: whether training ends once the last stage has reached its threshold.
 
     Raises:
         ValueError: unless one of `epochs` and `monitor` is given, and all that belongs to it.
     """
 
-    def __init__(self, dataset, values, *, attribute="blocks", epochs=None, monitor=None, threshold=None, mode="min"):
+    def __init__(
+        self,
+        dataset,
+        values,
+        *,
+        attribute="blocks",
+        epochs=None,
+        monitor=None,
+        threshold=None,
+        mode="min",
+        stop=False,
+    ):
         super().__init__()
         self.dataset, self.values, self.attribute = dataset, tuple(values), attribute
         if not self.values or not hasattr(dataset, attribute):
@@ -220,11 +232,13 @@ class Curriculum(keras.callbacks.Callback):
         self.thresholds = None
         if monitor is not None:
             self.thresholds = list(threshold) if np.ndim(threshold) else [threshold] * len(self.values)
-            if len(self.thresholds) < len(self.values) - 1:
+            if len(self.thresholds) < len(self.values) - (not stop):
                 raise ValueError(
                     f"`threshold` has a number for each of {len(self.values)} stages; received {threshold!r}."
                 )
-        self.monitor, self.mode = monitor, mode
+        elif stop:
+            raise ValueError("`stop` ends training at a threshold; received it with `epochs`. Give `monitor` instead.")
+        self.monitor, self.mode, self.stop = monitor, mode, stop
         self._done = False
 
     @property
@@ -251,4 +265,6 @@ class Curriculum(keras.callbacks.Callback):
             raise ValueError(f"`monitor` is a name in the logs, {sorted(logs or {})}; received {self.monitor!r}.")
         threshold = (*self.thresholds, None)[self.stage]
         if threshold is not None:  # None: the last stage, which nothing ends
-            self._done = found <= threshold if self.mode == "min" else found >= threshold
+            self._done = bool(found <= threshold if self.mode == "min" else found >= threshold)
+        if self._done and self.stop and self.stage == len(self.values) - 1:
+            self.model.stop_training = True

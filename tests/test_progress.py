@@ -145,6 +145,9 @@ def test_curricula(stream):
     stages = Curriculum(rows, (S, 4 * S, None), attribute="longest", epochs=[2, 1, 1])
     stream.fit(rows, epochs=5, verbose=0, callbacks=[stages, Watch()])
     assert seen == [S, S, 4 * S, None, None] and stages.stage == 2
+    rows.longest = S
+    until = Curriculum(rows, (S, None), attribute="longest", monitor="loss", threshold=1000.0, stop=True)
+    assert len(stream.fit(rows, epochs=5, verbose=0, callbacks=[until]).epoch) == 2 and rows.longest is None
 
     batches = TaskBatches(AssociativeRecall(num_pairs=2, symbols=4), B, block_size=8, blocks=2, steps_per_epoch=2)
     grow = Curriculum(batches, (2, 3, 5), monitor="accuracy", threshold=0.9, mode="max")
@@ -156,7 +159,16 @@ def test_curricula(stream):
     assert found == [2, 2, 3, 3, 5, 5]
     with pytest.raises(ValueError, match="name in the logs"):
         grow.on_epoch_end(6, {"loss": 1.0})
-    for wrong in ({}, {"epochs": 1, "monitor": "loss", "threshold": 1}, {"monitor": "loss"}, {"epochs": [1]}):
+    batches.blocks = 2
+    grow, found = Curriculum(batches, (2, 3, 5), monitor="loss", threshold=[0.1, 0.5]), []
+    for epoch, loss in enumerate((0.4, 0.1, 0.6, 0.4, 0.0)):
+        grow.on_epoch_begin(epoch)
+        found.append(batches.blocks)
+        grow.on_epoch_end(epoch, {"loss": loss})
+    assert found == [2, 2, 3, 3, 5]
+    both = {"epochs": 1, "monitor": "loss", "threshold": 1}
+    short = [{"monitor": "loss", "threshold": [1]}, {"monitor": "loss", "threshold": [1, 1], "stop": True}]
+    for wrong in ({}, both, {"monitor": "loss"}, {"epochs": [1]}, {"epochs": 1, "stop": True}, *short):
         with pytest.raises(ValueError):
             Curriculum(batches, (2, 3, 5), **wrong)
     with pytest.raises(ValueError, match="'width'"):
