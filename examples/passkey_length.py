@@ -29,8 +29,8 @@ EPOCH = 100  # steps
 # noise, at most `--fam-noise`; how many groups of rows have texts that long with the key at the start, and with the key
 # anywhere; the loss at which the next one begins. What is not written well before there is noise is not learned later.
 LEVELS = (
-    *((1, 0.0, 0, 0, 0.05), (2, 0.0, 1, 0, 0.1), (3, 0.0, 1, 0, 0.1), (4, 0.0, 1, 0, 0.1), (6, 0.0, 1, 1, 0.1)),
-    (8, 0.0, 1, 1, 0.1),
+    *((1, 0.0, 0, 0, 0.05), (2, 0.0, 1, 0, 0.2), (3, 0.0, 1, 0, 0.2), (4, 0.0, 1, 0, 0.2), (6, 0.0, 1, 1, 0.2)),
+    (8, 0.0, 1, 1, 0.2),
     *((8, noise, 1, 1, 0.2) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
 LONGEST, WRITTEN_AT = LEVELS[-1][0], 0.03  # the loss at which writing has been learned
