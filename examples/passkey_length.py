@@ -34,6 +34,7 @@ LEVELS = (
     *((8, noise, 1, 1, 0.2) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
 LONGEST, WRITTEN_AT = LEVELS[-1][0], 0.03  # the loss at which writing has been learned
+LESS_NOISE = 0.4  # at the end
 
 
 def arguments():
@@ -46,6 +47,7 @@ def arguments():
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
+    parser.add_argument("--last-steps", type=int, default=4000, help="steps with less noise, likewise")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
     parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
@@ -200,12 +202,25 @@ def train(name, task, seed):
     climbing = fit(model, course, ARGS.climb_steps, 2e-3, [climb, note])
     steps = [EPOCH * levels.index(level) for level in sorted(set(levels))]
     course.seed += 1000
-    rate = keras.optimizers.schedules.CosineDecay(0.0, ARGS.steps, warmup_target=2e-3, warmup_steps=50)
-    settling = fit(model, course, ARGS.steps, rate)
+    settling = fit(model, course, ARGS.steps, falling(2e-3, ARGS.steps))
     losses += climbing + settling
     counts = [EPOCH * len(part) for part in (climbing, settling)]
     losses = [round(float(loss), 4) for loss in losses]
     return model, {"steps": [written, *counts], "steps_at_which_levels_began": steps, "losses": losses}
+
+
+def falling(rate, steps):
+    return keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=rate, warmup_steps=50)
+
+
+def train_with_less_noise(model, name, seed):
+    """The last steps: strong noise has taught the memory to hold, and costs some of what is written. The losses."""
+    keras.utils.set_random_seed(seed)
+    course = Course(seed + 3000, keras_fam.NoiseScale(model) if "fam_noise" in MODELS[name][1] else None, ARGS.replaced)
+    course.level = len(LEVELS) - 1
+    if course.noise is not None:
+        course.noise.share = min(LESS_NOISE / ARGS.fam_noise, 1.0)
+    return fit(model, course, ARGS.last_steps, falling(1e-3, ARGS.last_steps))
 
 
 class Reader:
@@ -254,17 +269,25 @@ def run(name, seed):
     task = make_task(seed)
     weights, path = ARGS.out / f"{name}_seed{seed}.weights.h5", ARGS.out / f"{name}_seed{seed}.json"
     result = json.loads(path.read_text()) if path.exists() else {"lengths": {}}
-    if weights.exists():
+    before = ARGS.out / f"{name}_seed{seed}_before.weights.h5"  # the last steps
+    if weights.exists() or before.exists():
         model = make_model(task, **MODELS[name][1])
-        model.load_weights(weights)
+        model.load_weights(weights if weights.exists() else before)
     else:
-        most = (ARGS.write_steps, ARGS.climb_steps, ARGS.steps)
-        print(f"{MODELS[name][0]}, seed {seed}: at most {' and '.join(map(str, most))} steps", flush=True)
+        most = (ARGS.write_steps, ARGS.climb_steps, ARGS.steps, ARGS.last_steps)
+        print(f"{MODELS[name][0]}, seed {seed}: at most {', '.join(map(str, most))} steps", flush=True)
         started = time.perf_counter()
         model, history = train(name, task, seed)
-        seconds = round(time.perf_counter() - started, 1)
+        result = {"training_seconds": round(time.perf_counter() - started, 1), **history, "lengths": {}}
+        model.save_weights(before)
+        path.write_text(json.dumps(result) + "\n")
+    if not weights.exists():
+        started = time.perf_counter()
+        losses = train_with_less_noise(model, name, seed)
+        result["training_seconds"] += round(time.perf_counter() - started, 1)
+        result["steps"].append(EPOCH * len(losses))
+        result["losses"] += [round(float(loss), 4) for loss in losses]
         model.save_weights(weights)
-        result = {"training_seconds": seconds, **history, "lengths": {}}
         path.write_text(json.dumps(result) + "\n")
     reader = Reader(model)
     for factor in ARGS.factors:
