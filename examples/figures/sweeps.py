@@ -8,6 +8,7 @@ differ in how fast they learn the task; the mean over lengths of up to 33 blocks
 """
 
 import json
+import sys
 
 import passkey_systems as systems  # reads the options and chooses the backend
 
@@ -22,6 +23,32 @@ SWEEPS = {
 }
 
 
+def plot(found, path):
+    """One panel a sweep, the baseline in each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = found["rows"]
+    baseline = next(title for title, row in rows.items() if row["sweep"] == "baseline")
+    names = [sweep for sweep in SWEEPS if sweep != "baseline"]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.6), layout="constrained", sharey=True)
+    for axis, name in zip(axes, names, strict=True):
+        axis.plot(
+            found["filler_tokens"], rows[baseline]["exact"], marker="o", color="black", label=f"{baseline} (base)"
+        )
+        for title, row in rows.items():
+            if row["sweep"] == name:
+                axis.plot(found["filler_tokens"], row["exact"], marker="o", label=title)
+        axis.set(title=name, xscale="log", ylim=(-0.03, 1.03), xlabel="filler tokens")
+        axis.set_xticks(found["filler_tokens"], list(map(str, found["filler_tokens"])), rotation=60, fontsize="small")
+        axis.minorticks_off()
+        axis.legend(fontsize="x-small", loc="lower left")
+    axes[0].set_ylabel("exact keys")
+    figure.savefig(path, dpi=110)
+
+
 def main():
     ARGS.out.mkdir(parents=True, exist_ok=True)
     task = systems.make_task()
@@ -29,6 +56,7 @@ def main():
     found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     blocks = [count for count in systems.BLOCKS if count <= 33]
     found |= {
+        "command": "python " + " ".join(sys.argv),
         "arguments": {k: str(v) for k, v in vars(ARGS).items()},
         "machine": systems.MACHINE,
         "filler_tokens": [count * ARGS.block_size - task.template_tokens for count in blocks],
@@ -43,6 +71,7 @@ def main():
             exact = systems.exact(model, task, blocks)
             found["rows"][title] = {"sweep": sweep, "exact": exact, "mean": sum(exact) / len(exact), "seconds": seconds}
             path.write_text(json.dumps(found, indent=1) + "\n")
+    plot(found, ARGS.out / "sweeps.png")
     for title, row in found["rows"].items():
         print(
             f"{row['sweep']:<28}{title:<42}{100 * row['mean']:>6.1f}   "
