@@ -88,9 +88,9 @@ class Recorded:
             return keras.tree.flatten(result), torch.stack(predicates).any() if predicates else None
 
         try:
-            with _predicates() as predicates:
-                graph = make_fx(flat)(*leaves)
-        except Exception:  # whatever torch can't record: the function itself has just run without an error
+            with _predicates() as predicates:  # fake tensors have no values: nothing can be read of them and kept
+                graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
+        except Exception:  # whatever torch can't record: the function is right, as its calls so far have shown
             return ()
         simplify(graph, {id(variable.value) for variable in self.variables})
         return graph, structure
