@@ -277,13 +277,13 @@ def attend_slots(
             "bkgtjs,bjskh->btkgh", mine, values - still
         )
 
-    logits = ops.einsum("btjkgh,bjskh->bkgtjs", query, ops.stop_gradient(keys) if stop_gradient else keys)
+    logits = _products(query, ops.stop_gradient(keys) if stop_gradient else keys)
     if stop_gradient:  # adds 0, and the gradient of a token's own block alone
         delta = ops.einsum("btjkgh,bjskh->bkgtjs", query, keys - ops.stop_gradient(keys))
         logits = logits + delta * ops.cast(own[:, None, None, :, :, None], logits.dtype)
     parts = [per_block(logits)]
     if memory_key is not None:
-        parts.insert(0, per_block(ops.einsum("btjkgh,bjfkh->bkgtjf", query[:, :, segments:], memory_key)))
+        parts.insert(0, per_block(_products(query[:, :, segments:], memory_key)))
     logits = masked(softmax_ready(ops.concatenate(parts, axis=-1), softcap), mask[:, None, None])
     weights = ops.cast(ops.softmax(logits, axis=-1), values.dtype)
     if memory_key is None:
@@ -292,3 +292,16 @@ def attend_slots(
     out = over_slots(weights[..., count * rows :], values)
     weights = ops.reshape(weights[..., : count * rows], (*ops.shape(weights)[:4], count, rows))
     return merge_heads(out + ops.einsum("bkgtjf,bjfkh->btkgh", weights, memory_value))
+
+
+def _products(query, keys):
+    """`[B, T, J, K, G, H]` over `[B, J, S, K, H]` to `[B, K, G, T, J, S]`.
+
+    For a batched product torch copies all keys, heads first, in which one query costs ten times its products: few
+    queries are multiplied as the keys lie. (XLA reads keys as they lie anyway.)
+    """
+    torch = keras.backend.backend() == "torch"
+    if torch and query.shape[1] * query.shape[4] <= 4 and query.dtype.itemsize >= 4:
+        found = ops.sum(ops.expand_dims(query, 3) * keys[:, None, :, :, :, None], axis=-1)
+        return ops.transpose(found, (0, 4, 5, 1, 2, 3))
+    return ops.einsum("btjkgh,bjskh->bkgtjs", query, keys)
