@@ -21,20 +21,37 @@ import pathlib
 import platform
 import sys
 import time
+from typing import NamedTuple
 
 BLOCK, CHUNK = 32, 4  # tokens in a block; blocks in a training step
 BATCH, GROUPS, SHORT = 32, 4, 3  # rows; groups of them with texts of their own; steps in the longest short text
 EPOCH = 100  # steps
-# Training climbs a level after every epoch whose mean loss is small enough. A level is: steps in the longest text;
-# noise, at most `--fam-noise`; how many groups of rows have texts that long with the key at the start, and with the key
-# anywhere; the loss at which the next one begins. What is not written well before there is noise is not learned later.
+
+
+class Level(NamedTuple):
+    """Training climbs a level after every epoch whose mean loss is small enough."""
+
+    steps: int  # in the longest text
+    noise: float = 0.0  # at most `--fam-noise`
+    start: int = 1  # groups of rows that have texts that long with the key at the start
+    anywhere: int = 1  # and with the key anywhere
+    next_at: float = 0.2  # the loss at which the next level begins
+
+
+# What is not written well before there is noise is not learned later.
 LEVELS = (
-    *((1, 0.0, 0, 0, 0.05), (2, 0.0, 1, 0, 0.2), (3, 0.0, 1, 0, 0.2), (4, 0.0, 1, 0, 0.2), (6, 0.0, 1, 1, 0.2)),
-    (8, 0.0, 1, 1, 0.2),
-    *((8, noise, 1, 1, 0.2) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+    Level(1, start=0, anywhere=0, next_at=0.05),
+    *(Level(steps, anywhere=0) for steps in (2, 3, 4)),
+    *(Level(steps) for steps in (6, 8)),
+    *(Level(8, noise) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
-LONGEST, WRITTEN_AT = LEVELS[-1][0], 0.03  # the loss at which writing has been learned
+LONGEST, WRITTEN_AT = LEVELS[-1].steps, 0.03  # the loss at which writing has been learned
 LESS_NOISE = 0.4  # at the end
+PROSE = {
+    "held_out": "held-out prose of Python's documentation",
+    "austen": "Austen's novels",
+    "king_james": "the King James Bible",
+}
 
 
 def arguments():
@@ -44,6 +61,10 @@ def arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000], help="of LONGEST")
     parser.add_argument("--rows", type=int, default=64, help="texts of each length and seed")
+    parser.add_argument(
+        "--texts", type=int, default=0, help="another number: other keys, places and parts of the prose"
+    )
+    parser.add_argument("--prose", choices=list(PROSE), default="held_out", help="what is read in the end")
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
@@ -52,12 +73,14 @@ def arguments():
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
     parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
     parser.add_argument("--replaced", type=float, default=0.4, help="of the words of a text, at most, in training")
+    parser.add_argument("--last-replaced", type=float, default=0.8, help="the same in the last steps")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
     parser.add_argument("--draw", action="store_true", help="only put together what is there")
     return parser.parse_args()
 
 
 ARGS = arguments()
+READ = f"{PROSE[ARGS.prose]}, texts {ARGS.texts}"
 os.environ["KERAS_BACKEND"] = ARGS.backend
 
 import keras  # noqa: E402  (the backend is chosen before)
@@ -67,6 +90,8 @@ from passkey_parts import ReadingOn  # noqa: E402
 
 import keras_fam  # noqa: E402
 from keras_fam.data import PassKey  # noqa: E402
+from keras_fam.data.austen import austen  # noqa: E402
+from keras_fam.data.king_james import king_james  # noqa: E402
 from keras_fam.data.passkey import INTRODUCTION, QUESTION, STATEMENT  # noqa: E402
 from keras_fam.evaluation import KNOCK_OUTS, knock_out  # noqa: E402
 from keras_fam.ops.backend import compiled  # noqa: E402
@@ -83,6 +108,19 @@ MODELS = {
 
 def make_task(seed=0, key_position="anywhere"):
     return PassKey(digits=ARGS.digits, key_position=key_position, vocabulary_size=400, seed=seed)
+
+
+def make_reading(task):
+    """The task of the texts that are read: other prose in the words of the training."""
+    if ARGS.prose == "held_out":
+        return task, "held_out"
+    folder = ARGS.out.parent / ARGS.prose
+    if ARGS.prose == "austen":
+        documents = ["\n".join(lines) for lines in austen(folder).values()]
+    else:
+        documents = list(king_james(folder).values())
+    settings = {"digits": ARGS.digits, "key_position": "anywhere", "tokenizer": task.tokenizer}
+    return PassKey(documents=documents, **settings), "train"
 
 
 def question_tokens(task):
@@ -124,15 +162,15 @@ class Course:
     def level(self, level):
         self._level = level
         if self.noise is not None:
-            self.noise.share = min(LEVELS[level][1] / ARGS.fam_noise, 1.0)
+            self.noise.share = min(LEVELS[level].noise / ARGS.fam_noise, 1.0)
 
     def texts(self, group, rng):
         """Steps `(chunk, is_first, keys, whether they are known)` of one text after another, without end."""
         rows, tokens = BATCH // GROUPS, CHUNK * BLOCK
         while True:
-            longest, _, at_start, anywhere, _ = LEVELS[self.level]
-            task = self.tasks["start" if group < at_start else "anywhere"]
-            most = longest if group < at_start + anywhere else min(longest, SHORT)
+            level = LEVELS[self.level]
+            task = self.tasks["start" if group < level.start else "anywhere"]
+            most = level.steps if group < level.start + level.anywhere else min(level.steps, SHORT)
             count = rng.integers(1, most + 1)
             text = task.batch(rows, total_tokens=count * tokens + question_tokens(task), seed=rng)
             ids = disturbed(text, task, self.replaced, rng)
@@ -194,7 +232,7 @@ def train(name, task, seed):
         range(len(LEVELS)),
         attribute="level",
         monitor="loss",
-        threshold=[level[-1] for level in LEVELS],
+        threshold=[level.next_at for level in LEVELS],
         stop=True,
     )
     levels = []
@@ -214,9 +252,13 @@ def falling(rate, steps):
 
 
 def train_with_less_noise(model, name, seed):
-    """The last steps: strong noise has taught the memory to hold, and costs some of what is written. The losses."""
+    """The last steps: strong noise has taught the memory to hold, and costs some of what is written. The losses.
+
+    More words are replaced now, since keys are lost where the prose is new.
+    """
     keras.utils.set_random_seed(seed)
-    course = Course(seed + 3000, keras_fam.NoiseScale(model) if "fam_noise" in MODELS[name][1] else None, ARGS.replaced)
+    noise = keras_fam.NoiseScale(model) if "fam_noise" in MODELS[name][1] else None
+    course = Course(seed + 3000, noise, ARGS.last_replaced)
     course.level = len(LEVELS) - 1
     if course.noise is not None:
         course.noise.share = min(LESS_NOISE / ARGS.fam_noise, 1.0)
@@ -241,11 +283,11 @@ class Reader:
         logits = self.logits(ops.convert_to_tensor(ids), state)
         return ops.convert_to_numpy(ops.argmax(logits[:, -ARGS.digits - 1 : -1], axis=-1))
 
-    def measure(self, task, tokens, seed):
+    def measure(self, task, split, tokens, seed):
         """Which rows are right, and where their keys stand, for texts of a number of tokens before the question."""
         started, state = time.perf_counter(), self.model.get_initial_state(ARGS.rows)
         total, has_memory = tokens + question_tokens(task), bool(self.model.backbone.fam_length)
-        for part in task.stream(ARGS.rows, None, self.chunk, total_tokens=total, seed=seed, split="held_out"):
+        for part in task.stream(ARGS.rows, None, self.chunk, total_tokens=total, seed=seed, split=split):
             if part["start"] == tokens:
                 break
             if has_memory or part["start"] == tokens - self.chunk:  # BSWA sees no further back: skip what it forgets
@@ -289,30 +331,41 @@ def run(name, seed):
         result["losses"] += [round(float(loss), 4) for loss in losses]
         model.save_weights(weights)
         path.write_text(json.dumps(result) + "\n")
-    reader = Reader(model)
+    reader, (reading, split) = Reader(model), make_reading(task)
+    found = result["lengths"].setdefault(READ, {})
     for factor in ARGS.factors:
-        if str(factor) in result["lengths"]:
+        if str(factor) in found:
             continue
-        got = reader.measure(task, LONGEST * CHUNK * BLOCK * factor, seed + 1)
-        result["lengths"][str(factor)] = got
+        got = reader.measure(reading, split, LONGEST * CHUNK * BLOCK * factor, seed + 1 + 1000 * ARGS.texts)
+        found[str(factor)] = got
         exact = ", ".join(f"{how or 'exact'} {100 * np.mean(right):.1f}" for how, right in got["right"].items())
         print(f"{MODELS[name][0]}, seed {seed}, {factor} times: {exact} %, {got['seconds']:.0f} s", flush=True)
         path.write_text(json.dumps(result) + "\n")
 
 
-def gather():
-    """All results in `--out`: by line of the figure, factor and seed the share of exact answers; and more."""
-    exact, details = {}, {}
-    for name, (title, _) in MODELS.items():
+def found_results():
+    """`(name, seed, what was kept of it)` of all trainings in `--out`."""
+    for name in MODELS:
         for path in sorted(ARGS.out.glob(f"{name}_seed*.json")):
-            found = json.loads(path.read_text())
-            seed = path.stem.split("seed")[1]
-            details[path.stem] = {k: found.get(k) for k in ("steps", "training_seconds", "steps_at_which_levels_began")}
-            details[path.stem]["measuring_seconds"] = {f: got["seconds"] for f, got in found["lengths"].items()}
-            for factor, got in found["lengths"].items():
+            yield name, path.stem.split("seed")[1], json.loads(path.read_text())
+
+
+def gather():
+    """All results in `--out`: by texts, line of the figure, factor and seed the share of exact answers; and more."""
+    exact, details = {}, {}
+    for name, seed, found in found_results():
+        details[f"{name}_seed{seed}"] = {
+            **{k: found.get(k) for k in ("steps", "training_seconds", "steps_at_which_levels_began")},
+            "measuring_seconds": {
+                read: {f: got["seconds"] for f, got in lengths.items()} for read, lengths in found["lengths"].items()
+            },
+        }
+        for read, lengths in found["lengths"].items():
+            for factor, got in lengths.items():
                 for how, right in got["right"].items():
-                    line = f"{title}, memory {how}" if how else title
-                    exact.setdefault(line, {}).setdefault(factor, {})[seed] = float(np.mean(right))
+                    line = f"{MODELS[name][0]}, memory {how}" if how else MODELS[name][0]
+                    of_line = exact.setdefault(read, {}).setdefault(line, {}).setdefault(factor, {})
+                    of_line[seed] = float(np.mean(right))
     return exact, details
 
 
@@ -323,8 +376,8 @@ def share(right):
 def by_place(name):
     """Over all seeds: exact answers by the quarter of the text in which the key stands, and by distance."""
     quarters, distances = {}, {}
-    for path in sorted(ARGS.out.glob(f"{name}_seed*.json")):
-        for factor, got in json.loads(path.read_text())["lengths"].items():
+    for _, _, found in (result for result in found_results() if result[0] == name):
+        for factor, got in found["lengths"].get(READ, {}).items():
             tokens = int(factor) * LONGEST * CHUNK * BLOCK
             for away, right in zip(got["tokens_since_key"], got["right"][""], strict=True):
                 quarter = min(int(4 * (1 - away / tokens)), 3)
@@ -349,7 +402,7 @@ def plot(result, path):
 
     longest = result["longest_text_trained"]
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for title, by_factor in result["exact"].items():
+    for title, by_factor in result["exact"][READ].items():
         factors = sorted(map(int, by_factor))
         values = [list(by_factor[str(factor)].values()) for factor in factors]
         style = {"linestyle": ":", "marker": "x"} if "memory" in title else {"linestyle": "-", "marker": "o"}
@@ -359,7 +412,7 @@ def plot(result, path):
     axes.set(xlabel=f"length of the text, times the longest trained on ({longest:,} tokens)")
     above = axes.secondary_xaxis("top", functions=(lambda x: x * longest, lambda x: x / longest))
     above.set_xlabel("tokens")
-    axes.set_title(f"PassKey, key anywhere in real prose ({ARGS.backend})")
+    axes.set_title(f"PassKey, key anywhere in {PROSE[ARGS.prose]}", fontsize="medium")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
@@ -379,7 +432,10 @@ def main():
         "chance": task.chance,
         "held_out_tokens_before_they_repeat": task.available_tokens("held_out"),
         "exact": exact,
-        "first_below_95_percent": {title: first_below(by_factor) for title, by_factor in exact.items()},
+        "drawn": READ,
+        "first_below_95_percent": {
+            read: {title: first_below(by_factor) for title, by_factor in lines.items()} for read, lines in exact.items()
+        },
         "recipe": by_place("recipe"),
         "models": details,
         "versions": {"python": platform.python_version(), "keras": keras.__version__},
@@ -388,7 +444,7 @@ def main():
     }
     (ARGS.out / "passkey_length.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, ARGS.out / "passkey_length.png")
-    for title, by_factor in exact.items():
+    for title, by_factor in exact.get(READ, {}).items():
         cells = (f"{f}: {100 * np.mean(list(by_factor[f].values())):.1f}" for f in sorted(by_factor, key=int))
         print(f"{title:<36}" + "  ".join(cells))
 
