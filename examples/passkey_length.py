@@ -24,7 +24,7 @@ import time
 from typing import NamedTuple
 
 BLOCK, CHUNK = 32, 4  # tokens in a block; blocks in a training step
-BATCH, GROUPS, SHORT = 32, 4, 3  # rows; groups of them with texts of their own; steps in the longest short text
+BATCH, GROUPS = 32, 4  # rows; groups of them with texts of their own
 EPOCH = 100  # steps
 
 
@@ -35,6 +35,7 @@ class Level(NamedTuple):
     noise: float = 0.0  # at most `--fam-noise`
     start: int = 1  # groups of rows that have texts that long with the key at the start
     anywhere: int = 1  # and with the key anywhere
+    short: int = 3  # steps in the longest text of the other groups
     next_at: float = 0.2  # the loss at which the next level begins
 
 
@@ -46,7 +47,8 @@ LEVELS = (
     *(Level(8, noise) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
 LONGEST, WRITTEN_AT = LEVELS[-1].steps, 0.03  # the loss at which writing has been learned
-LESS_NOISE = 0.4  # at the end
+# The last steps: strong noise has taught the memory to hold, and costs some of what is written.
+LAST = LEVELS[-1]._replace(noise=0.4)
 PROSE = {
     "held_out": "held-out prose of Python's documentation",
     "austen": "Austen's novels",
@@ -68,7 +70,8 @@ def arguments():
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
-    parser.add_argument("--last-steps", type=int, default=4000, help="steps with less noise, likewise")
+    parser.add_argument("--last-steps", type=int, default=4000, help="steps of a round at the end, likewise")
+    parser.add_argument("--last-rounds", type=int, default=1, help="how many of these rounds are made")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
     parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
@@ -147,30 +150,34 @@ class Course:
     """Batches without end: the next chunk of every row's text, and the question about the key.
 
     As long as the key has not been stated, the question has no weight. Groups of rows whose texts are not long have
-    short ones, with the key anywhere, so that keys are written often. `level` may be set between epochs.
+    short ones, with the key anywhere, so that keys are written often. `number`, the level, may be set between epochs.
     """
 
     def __init__(self, seed, noise=None, replaced=0.0):
-        self.seed, self.noise, self.replaced, self.level = seed, noise, replaced, 0
+        self.seed, self.noise, self.replaced, self.number = seed, noise, replaced, 0
         self.tasks = {position: make_task(seed, position) for position in ("start", "anywhere")}
 
     @property
-    def level(self):
-        return self._level
+    def number(self):
+        return self._number
 
-    @level.setter
-    def level(self, level):
-        self._level = level
+    @number.setter
+    def number(self, number):
+        self._number = number
+        self.set(LEVELS[number])
+
+    def set(self, level):
+        self.level = level
         if self.noise is not None:
-            self.noise.share = min(LEVELS[level].noise / ARGS.fam_noise, 1.0)
+            self.noise.share = min(level.noise / ARGS.fam_noise, 1.0)
 
     def texts(self, group, rng):
         """Steps `(chunk, is_first, keys, whether they are known)` of one text after another, without end."""
         rows, tokens = BATCH // GROUPS, CHUNK * BLOCK
         while True:
-            level = LEVELS[self.level]
+            level = self.level
             task = self.tasks["start" if group < level.start else "anywhere"]
-            most = level.steps if group < level.start + level.anywhere else min(level.steps, SHORT)
+            most = level.steps if group < level.start + level.anywhere else min(level.steps, level.short)
             count = rng.integers(1, most + 1)
             text = task.batch(rows, total_tokens=count * tokens + question_tokens(task), seed=rng)
             ids = disturbed(text, task, self.replaced, rng)
@@ -219,7 +226,7 @@ def train(name, task, seed):
     writer = make_model(task, **({"fam_feedback": "normalized"} if name == "recipe" else settings))
     course = Course(seed)
     until = keras_fam.training.Curriculum(
-        course, [0], attribute="level", monitor="loss", threshold=WRITTEN_AT, stop=True
+        course, [0], attribute="number", monitor="loss", threshold=WRITTEN_AT, stop=True
     )
     losses = fit(writer, course, ARGS.write_steps, 2e-3, [until])
     written = EPOCH * len(losses)
@@ -230,13 +237,13 @@ def train(name, task, seed):
     climb = keras_fam.training.Curriculum(
         course,
         range(len(LEVELS)),
-        attribute="level",
+        attribute="number",
         monitor="loss",
         threshold=[level.next_at for level in LEVELS],
         stop=True,
     )
     levels = []
-    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: levels.append(course.level))
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: levels.append(course.number))
     climbing = fit(model, course, ARGS.climb_steps, 2e-3, [climb, note])
     steps = [EPOCH * levels.index(level) for level in sorted(set(levels))]
     course.seed += 1000
@@ -251,17 +258,12 @@ def falling(rate, steps):
     return keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=rate, warmup_steps=50)
 
 
-def train_with_less_noise(model, name, seed):
-    """The last steps: strong noise has taught the memory to hold, and costs some of what is written. The losses.
-
-    More words are replaced now, since keys are lost where the prose is new.
-    """
-    keras.utils.set_random_seed(seed)
+def train_last(model, name, seed, number):
+    """One of the last rounds; the losses. More words are replaced now: keys are lost where the prose is new."""
+    keras.utils.set_random_seed(seed + 1000 * number)
     noise = keras_fam.NoiseScale(model) if "fam_noise" in MODELS[name][1] else None
-    course = Course(seed + 3000, noise, ARGS.last_replaced)
-    course.level = len(LEVELS) - 1
-    if course.noise is not None:
-        course.noise.share = min(LESS_NOISE / ARGS.fam_noise, 1.0)
+    course = Course(seed + 3000 + 1000 * number, noise, ARGS.last_replaced)
+    course.set(LAST)
     return fit(model, course, ARGS.last_steps, falling(1e-3, ARGS.last_steps))
 
 
@@ -311,25 +313,25 @@ def run(name, seed):
     task = make_task(seed)
     weights, path = ARGS.out / f"{name}_seed{seed}.weights.h5", ARGS.out / f"{name}_seed{seed}.json"
     result = json.loads(path.read_text()) if path.exists() else {"lengths": {}}
-    before = ARGS.out / f"{name}_seed{seed}_before.weights.h5"  # the last steps
-    if weights.exists() or before.exists():
+    if weights.exists():
         model = make_model(task, **MODELS[name][1])
-        model.load_weights(weights if weights.exists() else before)
+        model.load_weights(weights)
     else:
         most = (ARGS.write_steps, ARGS.climb_steps, ARGS.steps, ARGS.last_steps)
         print(f"{MODELS[name][0]}, seed {seed}: at most {', '.join(map(str, most))} steps", flush=True)
         started = time.perf_counter()
         model, history = train(name, task, seed)
         result = {"training_seconds": round(time.perf_counter() - started, 1), **history, "lengths": {}}
-        model.save_weights(before)
+        model.save_weights(weights)
         path.write_text(json.dumps(result) + "\n")
-    if not weights.exists():
+    for number in range(len(result["steps"]) - 3, ARGS.last_rounds):  # the last steps
         started = time.perf_counter()
-        losses = train_with_less_noise(model, name, seed)
+        losses = train_last(model, name, seed, number)
         result["training_seconds"] += round(time.perf_counter() - started, 1)
         result["steps"].append(EPOCH * len(losses))
         result["losses"] += [round(float(loss), 4) for loss in losses]
         model.save_weights(weights)
+        result["lengths"] = {}
         path.write_text(json.dumps(result) + "\n")
     reader, (reading, split) = Reader(model), make_reading(task)
     found = result["lengths"].setdefault(READ, {})

@@ -30,6 +30,8 @@ TASKS = {  # name: (settings by pairs, fewest and most pairs trained on, pairs a
     "rewrite": (lambda pairs: {"num_keys": 3}, (3, 8), (3, 4, 6, 8, 16, 32, 64, 128)),
 }
 BLOCK, LAYERS, ROWS = 16, 2, 512  # tokens in a block; layers; rows asked
+QUESTION, QUESTIONS = 4, 4  # tokens of a question and its answer; questions at the end of a text in training, at most
+NEAR = 3  # pairs that fit in one block with a question
 EPOCH, LEARNED = 100, 0.08  # steps; the mean loss of an epoch at which one more pair comes in
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +40,7 @@ parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(
 parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
 parser.add_argument("--seeds", type=int, nargs="+", default=[0])
 parser.add_argument("--steps", type=int, default=6000, help="at most")
-parser.add_argument("--batch", type=int, default=32)
+parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--fam-length", type=int, default=8)
 parser.add_argument("--symbols", type=int, default=16)
@@ -55,8 +57,9 @@ from keras_fam.data import AssociativeRecall  # noqa: E402
 from keras_fam.evaluation import KNOCK_OUTS, StreamScorer, summary  # noqa: E402
 
 
-def make_task(name, pairs):
-    return AssociativeRecall(num_pairs=pairs, symbols=ARGS.symbols, spread=BLOCK, **TASKS[name][0](pairs))
+def make_task(name, pairs, **settings):
+    settings = {"symbols": ARGS.symbols, "spread": BLOCK, **TASKS[name][0](pairs), **settings}
+    return AssociativeRecall(num_pairs=pairs, **settings)
 
 
 def make_model(name, vocabulary_size):
@@ -70,24 +73,34 @@ def make_model(name, vocabulary_size):
 
 
 class Pairs:
-    """Batches without end: half of them have as many pairs as there may be now, the others fewer.
+    """Batches without end. First, pairs and question stand in one block, which needs no memory: to which key a value
+    belongs is learned there, by all systems alike, in many short texts.
 
-    Texts have one length, so that one program is compiled: blanks follow the question, at no weight.
+    Then, half of the batches have as many pairs as there may be now, a quarter fewer, and a quarter are of the first
+    kind. About half of the keys are asked for: were all of them, the last value would follow from the others. All texts
+    of a stage have one length, so that one program is compiled for it: blanks follow the questions, at no weight.
     """
 
     def __init__(self, name, seed):
         self.name, self.rng, self.least, self.longest = name, np.random.default_rng(seed), *TASKS[name][1]
-        self.most = self.least
+        self.most = 0  # all in one block
 
     def batches(self):
-        total = (self.longest + 1) * BLOCK
         while True:
-            fewer = self.rng.random() < 0.5
-            pairs = int(self.rng.integers(self.least, self.most + 1)) if fewer else self.most
-            batch = make_task(self.name, pairs).batch(ARGS.batch, seed=self.rng)
+            kind, rows = self.rng.random(), ARGS.batch if self.most else 8 * ARGS.batch
+            total = self.most * BLOCK + QUESTIONS * QUESTION
+            if kind < 0.25 or not self.most:
+                pairs, questions = int(self.rng.integers(2, NEAR + 1)), 1
+                task, tokens = make_task("remember", pairs, spread="random"), BLOCK
+            else:
+                pairs = int(self.rng.integers(self.least, self.most + 1)) if kind < 0.5 else self.most
+                keys = TASKS[self.name][0](pairs).get("num_keys", pairs)
+                questions = min(QUESTIONS, (keys + 1) // 2)
+                task, tokens = make_task(self.name, pairs, num_questions=questions), None
+            batch = task.batch(rows, tokens, seed=self.rng)
             ids, targets, weights = (batch[part] for part in ("token_ids", "targets", "loss_weights"))
             room = [(0, 0), (0, total - ids.shape[1])]
-            yield np.pad(ids, room), np.pad(targets, room), np.pad(weights, room) * total
+            yield np.pad(ids, room), np.pad(targets, room), np.pad(weights, room) * total / questions
 
 
 def train(name, task, seed):
@@ -102,7 +115,12 @@ def train(name, task, seed):
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
     pairs, grown, started = Pairs(task, seed), [], time.perf_counter()
     grow = keras_fam.training.Curriculum(
-        pairs, range(pairs.least, pairs.longest + 1), attribute="most", monitor="loss", threshold=LEARNED, stop=True
+        pairs,
+        [0, *range(pairs.least, pairs.longest + 1)],
+        attribute="most",
+        monitor="loss",
+        threshold=LEARNED,
+        stop=True,
     )
     note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: grown.append(pairs.most))
     options = {"steps_per_epoch": EPOCH, "epochs": ARGS.steps // EPOCH, "verbose": 2, "shuffle": False}

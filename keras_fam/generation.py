@@ -1,7 +1,8 @@
 """Generation: a stream chooses its next tokens with a KerasHub sampler, reads them, and stays where it then stands.
 
-Tokens are sampled on a copy of the state; then the chosen ones are read like any other chunk. So state, position and
-logits of the stream are those of `predict` on the whole text, however it came about.
+Tokens are sampled on a copy of the state, in one compiled loop; then the chosen ones are read like any other chunk. On
+torch, where nothing is gained by one loop, a stream reads each token when it is chosen, if the sampler permits. Either
+way, state, position and logits of the stream are those of `predict` on the whole text, however it came about.
 """
 
 import contextlib
@@ -9,8 +10,8 @@ import contextlib
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import small_step
-from keras_fam.sampling import choose, copied, find_sampler, program
+from keras_fam.ops.backend import runs_eagerly, small_step
+from keras_fam.sampling import choose, chooses_one_by_one, copied, find_sampler, program
 
 
 def generate(stream, prompt=None, *, max_new_tokens, sampler="greedy", stop_token_ids=None, lengths=None, seed=None):
@@ -23,7 +24,8 @@ def generate(stream, prompt=None, *, max_new_tokens, sampler="greedy", stop_toke
     ```
 
     Compiled once per power of two of `max_new_tokens` and per sampler (contrastive: per number); costs one one-token
-    step per token for as long as some row has not stopped, and reading the chosen tokens once more, as a chunk.
+    step per token for as long as some row has not stopped, and (but on torch with a sampler that chooses one token at a
+    time) reading the chosen tokens once more, as a chunk.
 
     Args:
         stream: `StreamingModel` of a language model.
@@ -52,8 +54,12 @@ def generate(stream, prompt=None, *, max_new_tokens, sampler="greedy", stop_toke
     with _all_or_nothing(stream, found):
         found = find_sampler(found, seed)
         text = read_prompt(stream, prompt, lengths)
-        tokens, kept = choose(stream, max_new_tokens, found, stops)
-        stream._read(tokens, kept, keep=False)
+        if runs_eagerly() and chooses_one_by_one(found):
+            tokens = np.stack(list(_steps(stream, max_new_tokens, found, stops)), axis=1)
+            kept = (tokens >= 0).sum(axis=1)
+        else:
+            tokens, kept = choose(stream, max_new_tokens, found, stops)
+            stream._read(tokens, kept, keep=False)
     rows = [row[:n].tolist() for row, n in zip(tokens, kept, strict=True)]
     if text:
         rows = [detokenize(stream.model, row) for row in rows]

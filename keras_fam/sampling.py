@@ -84,6 +84,11 @@ def _samplers():
     return samplers
 
 
+def chooses_one_by_one(sampler):
+    """Whether a KerasHub sampler looks at the logits of the next token alone."""
+    return type(sampler).__call__ is _samplers().Sampler.__call__
+
+
 def find_sampler(sampler, seed, stepwise=False):
     """A sampler object from what the user gave, seeded anew if `seed` is given."""
     samplers = _samplers()
@@ -97,7 +102,7 @@ def find_sampler(sampler, seed, stepwise=False):
         raise ValueError("The speculative sampler needs a second model; received it for one. Choose another sampler.")
     if getattr(found, "return_all_beams", False):
         raise ValueError("A stream goes on with one beam; received `return_all_beams=True`. Leave it at False.")
-    if stepwise and type(found).__call__ is not samplers.Sampler.__call__:
+    if stepwise and not chooses_one_by_one(found):
         raise ValueError(
             f"Tokens come one by one from samplers that choose them one by one; received {type(found).__name__}. "
             "Use `generate`, or a greedy, random, top-k or top-p sampler."

@@ -21,6 +21,11 @@ def is_eager(x):
     return type(x).__name__ != "FakeTensor" and not is_recording()
 
 
+def runs_eagerly():
+    """Whether programs run operation by operation: a loop in one of them is no faster than a loop around it."""
+    return keras.backend.backend() == "torch"
+
+
 def platform():
     """`"cpu"`, `"gpu"` or `"tpu"`: where programs run (one that is made for another machine is made as for this)."""
     backend = keras.backend.backend()

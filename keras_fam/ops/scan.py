@@ -29,7 +29,7 @@ def scan(step, carry, xs, y_like):
     if backend == "jax" and not (length <= MAX_EAGER_STEPS and all(map(is_eager, keras.tree.flatten((carry, xs))))):
         import jax
 
-        return jax.lax.scan(step, carry, xs)
+        return jax.lax.scan(step, carry, xs, unroll=length <= 4)
     if backend == "tensorflow":
         return _scan_tensorflow(step, carry, xs, y_like)
     outputs = []
