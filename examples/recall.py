@@ -4,7 +4,10 @@ Each block states one pair of a key and a value; the question at the end asks fo
 keys differ, and the question is how many pairs a memory of F rows holds. *Rewrite*: a few keys get new values again and
 again, the last one counts, and the question is for how many updates that goes on, beyond those trained on. FAM and RMT
 have no memory segments, so that all they know of earlier blocks is the memory; BSWA has one, and no smaller a state.
-The number of pairs grows whenever the loss is small, and training ends once the most pairs are learned.
+
+To which key a value belongs is learned first, with pairs and question in one block, which needs no memory: one model
+without any, which all systems of a seed start from. Then the number of pairs grows whenever the loss is small, and
+training ends once the most pairs are learned.
 
 Every training is kept in `--out`, so that systems and seeds can be spread over calls.
 
@@ -29,7 +32,7 @@ TASKS = {  # name: (settings by pairs, fewest and most pairs trained on, pairs a
     "remember": (lambda pairs: {}, (1, 8), (1, 2, 3, 4, 5, 6, 7, 8)),
     "rewrite": (lambda pairs: {"num_keys": 3}, (3, 8), (3, 4, 6, 8, 16, 32, 64, 128)),
 }
-BLOCK, LAYERS, ROWS = 16, 2, 512  # tokens in a block; layers; rows asked
+BLOCK, LAYERS, ROWS = 16, 3, 512  # tokens in a block; layers; rows asked
 QUESTION, QUESTIONS = 4, 4  # tokens of a question and its answer; questions at the end of a text in training, at most
 NEAR = 3  # pairs that fit in one block with a question
 EPOCH, LEARNED = 100, 0.08  # steps; the mean loss of an epoch at which one more pair comes in
@@ -39,12 +42,13 @@ parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default
 parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
 parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
 parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-parser.add_argument("--steps", type=int, default=6000, help="at most")
+parser.add_argument("--first-steps", type=int, default=6000, help="at most, with pairs and question in one block")
+parser.add_argument("--steps", type=int, default=6000, help="at most, of each system")
 parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--fam-length", type=int, default=8)
 parser.add_argument("--symbols", type=int, default=16)
-parser.add_argument("--learning-rate", type=float, default=2e-3)
+parser.add_argument("--learning-rate", type=float, default=1e-3)
 parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/recall"))
 ARGS = parser.parse_args()
 os.environ["KERAS_BACKEND"] = ARGS.backend
@@ -62,8 +66,8 @@ def make_task(name, pairs, **settings):
     return AssociativeRecall(num_pairs=pairs, **settings)
 
 
-def make_model(name, vocabulary_size):
-    settings = {"fam_length": ARGS.fam_length, "memory_segments": 0, **SYSTEMS[name][1]}
+def make_model(vocabulary_size, **changes):
+    settings = {"fam_length": ARGS.fam_length, "memory_segments": 0, **changes}
     backbone = keras_fam.TransformerFAMBackbone(
         vocabulary_size, LAYERS, ARGS.width, 4, 2 * ARGS.width, block_size=BLOCK, **settings
     )
@@ -73,23 +77,23 @@ def make_model(name, vocabulary_size):
 
 
 class Pairs:
-    """Batches without end. First, pairs and question stand in one block, which needs no memory: to which key a value
-    belongs is learned there, by all systems alike, in many short texts.
+    """Batches without end: half of them have as many pairs as there may be now, a quarter fewer, and a quarter have
+    pairs and question in one block, as all have if `name` is None.
 
-    Then, half of the batches have as many pairs as there may be now, a quarter fewer, and a quarter are of the first
-    kind. About half of the keys are asked for: were all of them, the last value would follow from the others. All texts
-    of a stage have one length, so that one program is compiled for it: blanks follow the questions, at no weight.
+    About half of the keys are asked for: were all of them, the last value would follow from the others. All texts of a
+    stage have one length, so that one program is compiled for it: blanks follow the questions, at no weight.
     """
 
     def __init__(self, name, seed):
-        self.name, self.rng, self.least, self.longest = name, np.random.default_rng(seed), *TASKS[name][1]
-        self.most = 0  # all in one block
+        self.name, self.rng = name, np.random.default_rng([seed, name is None])
+        self.least, self.longest = TASKS[name][1] if name else (0, 0)
+        self.most = self.least
 
     def batches(self):
         while True:
-            kind, rows = self.rng.random(), ARGS.batch if self.most else 8 * ARGS.batch
+            kind, rows = self.rng.random(), ARGS.batch if self.name else 4 * ARGS.batch
             total = self.most * BLOCK + QUESTIONS * QUESTION
-            if kind < 0.25 or not self.most:
+            if kind < 0.25 or not self.name:
                 pairs, questions = int(self.rng.integers(2, NEAR + 1)), 1
                 task, tokens = make_task("remember", pairs, spread="random"), BLOCK
             else:
@@ -103,30 +107,46 @@ class Pairs:
             yield np.pad(ids, room), np.pad(targets, room), np.pad(weights, room) * total / questions
 
 
-def train(name, task, seed):
-    """`(model, steps, seconds, the steps at which another pair came in)`."""
-    keras.utils.set_random_seed(seed)
-    model = make_model(name, make_task(task, 3).vocabulary_size)
+def fit(model, pairs, steps):
+    """`(steps, the steps at which another pair came in)`."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     # Held, and lowered in the last tenth: how long each number of pairs takes is not known before.
     rate = keras.optimizers.schedules.PiecewiseConstantDecay(
-        [50, ARGS.steps * 9 // 10], [ARGS.learning_rate / 4, ARGS.learning_rate, ARGS.learning_rate / 10]
+        [50, steps * 9 // 10], [ARGS.learning_rate / 4, ARGS.learning_rate, ARGS.learning_rate / 10]
     )
-    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
-    pairs, grown, started = Pairs(task, seed), [], time.perf_counter()
-    grow = keras_fam.training.Curriculum(
-        pairs,
-        [0, *range(pairs.least, pairs.longest + 1)],
-        attribute="most",
-        monitor="loss",
-        threshold=LEARNED,
-        stop=True,
-    )
+    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss, weighted_metrics=None)
+    stages = range(pairs.least, pairs.longest + 1)
+    settings = {"attribute": "most", "monitor": "loss", "threshold": LEARNED, "stop": True}
+    grow, grown = keras_fam.training.Curriculum(pairs, stages, **settings), []
     note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: grown.append(pairs.most))
-    options = {"steps_per_epoch": EPOCH, "epochs": ARGS.steps // EPOCH, "verbose": 2, "shuffle": False}
+    options = {"steps_per_epoch": min(EPOCH, steps), "epochs": max(1, steps // EPOCH), "verbose": 2, "shuffle": False}
     model.fit(pairs.batches(), callbacks=[grow, note], **options)
-    steps = {most: EPOCH * grown.index(most) for most in sorted(set(grown))}
-    return model, EPOCH * len(grown), round(time.perf_counter() - started, 1), steps
+    return EPOCH * len(grown), {most: EPOCH * grown.index(most) for most in sorted(set(grown))}
+
+
+def first_model(seed):
+    """A model without memory that has learned pairs and question in one block; trained once a seed."""
+    keras.utils.set_random_seed(seed)
+    model = make_model(make_task("remember", 3).vocabulary_size, fam_length=0)
+    path = ARGS.out / f"first_seed{seed}.weights.h5"
+    if path.exists():
+        model.load_weights(path)
+    else:
+        print(f"one block, seed {seed}: {ARGS.first_steps} steps at most", flush=True)
+        fit(model, Pairs(None, seed), ARGS.first_steps)
+        model.save_weights(path)
+    return model
+
+
+def train(name, task, seed):
+    """`(model, steps, seconds, the steps at which another pair came in)`."""
+    first = first_model(seed)
+    keras.utils.set_random_seed(seed)
+    model, started = make_model(make_task(task, 3).vocabulary_size, **SYSTEMS[name][1]), time.perf_counter()
+    for new, old in zip((v for v in model.weights if "initial_fam" not in v.path), first.weights, strict=True):
+        new.assign(old)
+    steps, grown = fit(model, Pairs(task, seed), ARGS.steps)
+    return model, steps, round(time.perf_counter() - started, 1), grown
 
 
 def exact(model, task, seed, how=None):
