@@ -48,7 +48,7 @@ parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--fam-length", type=int, default=8)
 parser.add_argument("--symbols", type=int, default=16)
-parser.add_argument("--learning-rate", type=float, default=1e-3)
+parser.add_argument("--learning-rate", type=float, default=2e-3)
 parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/recall"))
 ARGS = parser.parse_args()
 os.environ["KERAS_BACKEND"] = ARGS.backend
@@ -91,7 +91,7 @@ class Pairs:
 
     def batches(self):
         while True:
-            kind, rows = self.rng.random(), ARGS.batch if self.name else 4 * ARGS.batch
+            kind, rows = self.rng.random(), ARGS.batch if self.name else 8 * ARGS.batch
             total = self.most * BLOCK + QUESTIONS * QUESTION
             if kind < 0.25 or not self.name:
                 pairs, questions = int(self.rng.integers(2, NEAR + 1)), 1
