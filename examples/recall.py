@@ -143,7 +143,7 @@ def train(name, task, seed):
     first = first_model(seed)
     keras.utils.set_random_seed(seed)
     model, started = make_model(make_task(task, 3).vocabulary_size, **SYSTEMS[name][1]), time.perf_counter()
-    for new, old in zip((v for v in model.weights if "initial_fam" not in v.path), first.weights, strict=True):
+    for new, old in zip((v for v in model.weights if "memory_prompt" not in v.path), first.weights, strict=True):
         new.assign(old)
     steps, grown = fit(model, Pairs(task, seed), ARGS.steps)
     return model, steps, round(time.perf_counter() - started, 1), grown
