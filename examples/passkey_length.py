@@ -76,7 +76,7 @@ def arguments():
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
     parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
     parser.add_argument("--replaced", type=float, default=0.4, help="of the words of a text, at most, in training")
-    parser.add_argument("--last-replaced", type=float, default=0.8, help="the same in the last steps")
+    parser.add_argument("--last-replaced", type=float, default=0.4, help="the same in the last steps")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
     parser.add_argument("--draw", action="store_true", help="only put together what is there")
     return parser.parse_args()
