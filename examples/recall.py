@@ -30,7 +30,7 @@ SYSTEMS = {
 }
 TASKS = {  # name: (settings by pairs, fewest and most pairs trained on, pairs asked for)
     "remember": (lambda pairs: {}, (1, 8), (1, 2, 3, 4, 5, 6, 7, 8)),
-    "rewrite": (lambda pairs: {"num_keys": 3}, (3, 8), (3, 4, 6, 8, 16, 32, 64, 128)),
+    "rewrite": (lambda pairs: {"num_keys": min(pairs, 2)}, (1, 8), (1, 2, 3, 4, 8, 16, 32, 128)),
 }
 BLOCK, LAYERS, ROWS = 16, 3, 512  # tokens in a block; layers; rows asked
 QUESTION, QUESTIONS = 4, 4  # tokens of a question and its answer; questions at the end of a text in training, at most
