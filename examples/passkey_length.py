@@ -259,7 +259,7 @@ def falling(rate, steps):
 
 
 def train_last(model, name, seed, number):
-    """One of the last rounds; the losses. More words are replaced now: keys are lost where the prose is new."""
+    """One of the last rounds; the losses."""
     keras.utils.set_random_seed(seed + 1000 * number)
     noise = keras_fam.NoiseScale(model) if "fam_noise" in MODELS[name][1] else None
     course = Course(seed + 3000 + 1000 * number, noise, ARGS.last_replaced)

@@ -74,3 +74,27 @@ def test_truncation_needs_whole_blocks():
         lm(TOKENS, initial_state=lm.get_initial_state(2), training=True)
     with pytest.raises(ValueError, match="`backpropagation_steps`"):
         make_lm(backpropagation_steps=0)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="scans are written out on JAX alone")
+def test_a_scan_that_is_written_out(monkeypatch):
+    """Few large steps compile without a loop, to the same numbers."""
+    import jax
+
+    from keras_fam.ops import scan as module
+
+    xs = {"x": np.random.default_rng(0).normal(size=(module.WRITTEN_OUT, 3)).astype("float32")}
+
+    def run(carry, xs):
+        return module.scan(lambda carry, x: (carry * 0.5 + x["x"], (carry,)), carry, xs, (carry,))
+
+    def compile_it():
+        lowered = jax.jit(lambda carry, xs: run(carry, xs)).lower(np.ones(3, "float32"), xs)  # traced anew
+        return "while" in lowered.as_text(), lowered.compile()(np.ones(3, "float32"), xs)
+
+    has_loop, expected = compile_it()
+    monkeypatch.setattr(module, "LARGE_STEP", 1)
+    has_loop_then, found = compile_it()
+    assert has_loop and not has_loop_then
+    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-6

@@ -297,11 +297,11 @@ def attend_slots(
 def _products(query, keys):
     """`[B, T, J, K, G, H]` over `[B, J, S, K, H]` to `[B, K, G, T, J, S]`.
 
-    For a batched product torch copies all keys, heads first, in which one query costs ten times its products: few
-    queries are multiplied as the keys lie. (XLA reads keys as they lie anyway.)
+    For a batched product torch copies all keys, heads first, which on a CPU takes ten times as long as the products of
+    one query: few queries are multiplied as the keys lie. (XLA reads keys as they lie anyway.)
     """
-    torch = keras.backend.backend() == "torch"
-    if torch and query.shape[1] * query.shape[4] <= 4 and query.dtype.itemsize >= 4:
+    on_cpu = keras.backend.backend() == "torch" and query.device.type == "cpu"
+    if on_cpu and query.shape[1] * query.shape[4] <= 4 and query.dtype.itemsize >= 4:
         found = ops.sum(ops.expand_dims(query, 3) * keys[:, None, :, :, :, None], axis=-1)
         return ops.transpose(found, (0, 4, 5, 1, 2, 3))
     return ops.einsum("btjkgh,bjskh->bkgtjs", query, keys)

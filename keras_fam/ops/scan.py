@@ -6,9 +6,9 @@ from keras import ops
 from keras_fam.ops.backend import is_eager
 from keras_fam.ops.recorded import assume_false, is_recording
 
-# On JAX, so few steps are written out where each reads a MiB or more: XLA copies what goes into a loop, which made a
+# On JAX, so few steps are written out where each reads so many bytes: XLA copies what goes into a loop, which made a
 # train step's temporary memory 6 % larger (blocks of 1,024 tokens of width 512, 4 layers).
-WRITTEN_OUT = 4
+WRITTEN_OUT, LARGE_STEP = 4, 1 << 20
 # Outside of `jit`, JAX would compile a loop anew at every call: up to this length it is run step by step instead.
 MAX_EAGER_STEPS = 64
 
@@ -33,7 +33,7 @@ def scan(step, carry, xs, y_like):
         import jax
 
         size = sum(x.size * x.dtype.itemsize for x in keras.tree.flatten(xs))
-        return jax.lax.scan(step, carry, xs, unroll=length <= WRITTEN_OUT and size >= length << 20)
+        return jax.lax.scan(step, carry, xs, unroll=length <= WRITTEN_OUT and size >= length * LARGE_STEP)
     if backend == "tensorflow":
         return _scan_tensorflow(step, carry, xs, y_like)
     outputs = []
