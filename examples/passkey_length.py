@@ -73,6 +73,7 @@ def arguments():
     parser.add_argument("--last-steps", type=int, default=4000, help="steps of a round at the end, likewise")
     parser.add_argument("--last-rounds", type=int, default=1, help="how many of these rounds are made")
     parser.add_argument("--digits", type=int, default=4)
+    parser.add_argument("--hidden-dim", type=int, default=64, help="of every model; heads have 16")
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
     parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
     parser.add_argument("--replaced", type=float, default=0.4, help="of the words of a text, at most, in training")
@@ -198,8 +199,9 @@ class Course:
 
 
 def make_model(task, **changes):
-    settings = {"fam_length": 8, "memory_segments": 0, **changes}
-    backbone = keras_fam.TransformerFAMBackbone(task.vocabulary_size, 2, 64, 4, 128, block_size=BLOCK, **settings)
+    settings = {"fam_length": 8, "memory_segments": 0, "block_size": BLOCK, **changes}
+    width = ARGS.hidden_dim
+    backbone = keras_fam.TransformerFAMBackbone(task.vocabulary_size, 2, width, width // 16, 2 * width, **settings)
     model = keras_fam.TransformerFAMCausalLM(backbone)
     model.build()
     return model

@@ -16,10 +16,10 @@ PROBE = np.random.default_rng(1).normal(size=(2, BLOCKS * S, V)).astype("float32
 GRADIENT = 1e-5  # of gradients at low memory from plain ones, relative
 
 
-def make_lm(**settings):
+def make_lm(num_layers=1, **settings):
     keras.utils.set_random_seed(0)
     sizes = {"block_size": S, "memory_segments": 1, "fam_length": 2, **settings}
-    lm = keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(V, 1, 8, 2, 16, **sizes))
+    lm = keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(V, num_layers, 8, 2, 16, **sizes))
     lm.build()
     return lm
 
@@ -42,11 +42,29 @@ def agree(found, expected, lm):
         assert relative(one, other) <= GRADIENT, (keras.backend.backend(), variable.path)
 
 
-@pytest.mark.parametrize("blocks, form", [(2, {}), (1, {"memory_segments": 0, "initial_fam": "summary"})])
-def test_gradients_at_low_memory_are_the_plain_ones(blocks, form):
-    """Steps of 2 blocks with a rest of 1 block, and steps of 1 block, replayed backwards."""
-    lm = make_lm(**form, remat=True, blocks_per_step=blocks)
-    agree(gradients_of(lm, whole), plain_gradients(**form), lm)
+SUMMARY = {"memory_segments": 0, "initial_fam": "summary"}
+
+
+@pytest.mark.parametrize(
+    "blocks, remat, form",
+    [
+        (2, True, {}),
+        (1, True, SUMMARY),
+        (8, "layers", {"num_layers": 2, **SUMMARY}),
+        (2, "layers", {"num_layers": 2, "scan_layers": True, "dropout": 0.1}),
+    ],
+)
+def test_gradients_at_low_memory_are_the_plain_ones(blocks, remat, form):
+    """Steps of 2 blocks with a rest of 1 block, steps of 1 block, and a single step, replayed backwards."""
+    lm = make_lm(**form, remat=remat, blocks_per_step=blocks)
+    plain = make_lm(**form, blocks_per_step=blocks) if form.get("dropout") else None  # draws are those of the steps
+    agree(gradients_of(lm, whole), gradients_of(plain, whole) if plain else plain_gradients(**form), lm)
+    assert type(lm).from_config(lm.get_config()).backbone.remat == remat
+
+
+def test_remat_is_one_of_three():
+    with pytest.raises(ValueError, match='"layers"'):
+        make_lm(remat="layer")
 
 
 def test_truncated_back_propagation():

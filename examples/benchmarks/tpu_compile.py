@@ -83,7 +83,7 @@ def build(program, make_optimizer=True):
 
     def make():
         backbone = keras_fam.TransformerFAMBackbone(
-            **settings, remat=training, blocks_per_step=program.blocks_per_step, dtype=dtype
+            **{"remat": training, **settings}, blocks_per_step=program.blocks_per_step, dtype=dtype
         )
         lm = keras_fam.TransformerFAMCausalLM(backbone)
         lm.build()

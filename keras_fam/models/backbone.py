@@ -10,7 +10,7 @@ from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.settings import require_positive, require_whole
-from keras_fam.models.layer_loop import SEEDS_PER_LAYER, advance_in_loop
+from keras_fam.models.layer_loop import SEEDS_PER_LAYER, advance_in_loop, advance_one
 from keras_fam.models.layout import layout_map
 from keras_fam.models.lora import LoRA
 from keras_fam.models.preset_folder import load_backbone, save_to_preset
@@ -72,6 +72,8 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             result changes. None chooses: steps of 4,096 tokens, but in training 4 blocks with `remat`, all without.
         remat: whether each such step is computed again in the backward pass instead of being stored
             (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same.
+            `"layers"`: so, and layer by layer within a step, whose other layers' insides are not kept either: a large
+            model's least memory, at the price of one more forward pass.
         backpropagation_steps: None, or how many such steps gradients cross at most: states are detached after every
             so many steps of a call, counted from its start (truncated back-propagation). None: the whole call.
         scan_layers: whether a call of at least a block runs the layers, which must be equal, as one compiled loop:
@@ -105,7 +107,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         random_state_passing=0.0,
         random_position_offset: bool = False,
         blocks_per_step: int | None = None,
-        remat: bool = False,
+        remat: bool | str = False,
         backpropagation_steps: int | None = None,
         scan_layers: bool = False,
         name: str | None = None,
@@ -138,6 +140,10 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             )
         if layer_settings is not None and len(layer_settings) != num_layers:
             raise ValueError(f"`layer_settings` has one dict per layer, {num_layers}; received {len(layer_settings)}.")
+        if remat not in (False, True, "layers"):
+            raise ValueError(
+                f'`remat` is False, True (steps of blocks) or "layers" (and layers within them); received {remat!r}.'
+            )
         if scan_layers and layer_settings is not None:
             raise ValueError(
                 "`scan_layers=True` runs all layers as one loop, so they are equal; received `layer_settings` too. "
@@ -312,28 +318,32 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
                     f"block; received {length} tokens of rows that may stand anywhere. Train on whole blocks "
                     "(aligned=True), or make the chunks as short as a step."
                 )
-            x, state = self._advance_layers(x, state, start=start, lengths=lengths, seed=seed, keep_state=keep_state)
+            again = training and self.remat == "layers"
+            x, state = self._advance_layers(
+                x, state, start=start, lengths=lengths, seed=seed, keep_state=keep_state, again=again
+            )
         else:
             x, state = advance_in_steps(
                 self, x, state, size, lengths=lengths, seed=seed, training=training, keep_state=keep_state
             )
         return self._finish(x), state
 
-    def _advance_layers(self, x, state, *, start, lengths=None, seed=None, keep_state=True):
+    def _advance_layers(self, x, state, *, start, lengths=None, seed=None, keep_state=True, again=False):
         rider = None
         if self.fam_length and self.initial_fam == "summary":
             rider = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
         elif self.feeds_stack:
             rider = state.layers[0].fam
-        options = {"start": start, "lengths": lengths, "keep_state": keep_state}
+        options = {"start": start, "lengths": lengths, "keep_state": keep_state, "again": again}
         length = x.shape[1]
         if self.scan_layers and (length is None or length >= self.block_size):
             x, layers = advance_in_loop(self.blocks, x, state, seed=seed, rider=rider, **options)
         else:
             layers = []
             for i, block in enumerate(self.blocks):
-                x, layer, rider = block.advance_layer(
-                    x, state.layers[i], state.cursor, rider=rider, seed=fold(seed, SEEDS_PER_LAYER * i), **options
+                seeds = fold(seed, SEEDS_PER_LAYER * i)
+                x, layer, rider = advance_one(
+                    block, x, state.layers[i], state.cursor, rider=rider, seed=seeds, **options
                 )
                 x = shard_output(x, block)
                 layers.append(layer)

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_fam.ops.backend import remat
 from keras_fam.ops.dropout import fold
 from keras_fam.ops.scan import scan
 from keras_fam.sharding import shard_output
@@ -10,7 +11,23 @@ from keras_fam.sharding import shard_output
 SEEDS_PER_LAYER = 4096  # layer i of a model draws from seeds 4096·i on
 
 
-def advance_in_loop(blocks, x, state, *, seed=None, rider=None, keep_state=True, **options):
+def advance_one(block, x, layer, cursor, *, again=False, rider=None, **options):
+    """`advance_layer` of a block; with `again`, it is computed again in the backward pass and nothing of it is kept."""
+    if not again:
+        return block.advance_layer(x, layer, cursor, rider=rider, **options)
+
+    def compute(x, layer, *ridden):
+        parts = block.advance_layer(x, layer, cursor, rider=ridden[0] if ridden else None, **options)
+        return tuple(part for part in parts if part is not None)
+
+    ridden = () if rider is None else (rider,)
+    read = [v for v in block.weights if keras.backend.is_float_dtype(v.dtype)]
+    y, *rest = remat(compute, read)(x, layer, *ridden)
+    rider = rest.pop() if ridden else None
+    return y, rest[0] if rest else None, rider
+
+
+def advance_in_loop(blocks, x, state, *, again=False, seed=None, rider=None, keep_state=True, **options):
     """What calling `advance_layer` of one block after the other gives.
 
     The weights of all layers are stacked, which copies them once per call.
@@ -19,6 +36,7 @@ def advance_in_loop(blocks, x, state, *, seed=None, rider=None, keep_state=True,
         blocks: `TransformerFAMBlock`s of equal settings.
         x: `[B, T, D]`.
         state: `StreamState` with one `LayerState` per block.
+        again: whether each layer is computed again in the backward pass.
         seed: None, or an integer tensor `[2]`.
         rider: see `keras_fam.layers.reading.advance_layer`; likewise `keep_state` and `options`.
 
@@ -54,6 +72,8 @@ def advance_in_loop(blocks, x, state, *, seed=None, rider=None, keep_state=True,
     if rider_given:  # the rows that a layer hands on have one shape and dtype in all layers
         like = layer_state.fam
         rider = ops.cast(ops.broadcast_to(rider, ops.shape(like)), like.dtype)
+    if again:
+        step = remat(step, [])  # it is given all that it reads
     carry, kept = scan(step, (x, rider) if rider_given else x, xs, tuple(states[0]) if keep_state else ())
     y = carry[0] if rider_given else carry
     if not keep_state:

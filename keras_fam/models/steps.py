@@ -1,7 +1,8 @@
 """A long input in steps of whole blocks: memory for one step at a time, forwards and backwards.
 
 With `remat` only the states at the steps' boundaries are kept in training: backwards, each step is computed again from
-the state that it started with (Sec. 3.1 takes such checkpoints for granted).
+the state that it started with (Sec. 3.1 takes such checkpoints for granted). `remat="layers"` nests this: of a step
+that is computed again, what the layers got is kept, and each is computed once more.
 """
 
 import keras
@@ -50,6 +51,7 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
         xs["seed"] = fold(seed, 1 + SEEDS_PER_LAYER * model.num_layers * index)
     if every:
         xs["cut"] = ops.logical_and(ops.mod(index, every) == 0, index > 0)
+    again = training and model.remat == "layers"
     # Rows that fill whole blocks have no unfinished one to carry.
     spare = model.block_size if lengths is None else 0
 
@@ -57,7 +59,12 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
         if every:
             state = cut(given["cut"], state)
         y, state = model._advance_layers(
-            given["x"], unpack(state, spare), start="boundary", lengths=given.get("lengths"), seed=given.get("seed")
+            given["x"],
+            unpack(state, spare),
+            start="boundary",
+            lengths=given.get("lengths"),
+            seed=given.get("seed"),
+            again=again,
         )
         return pack(state, spare), (y,)
 
@@ -73,7 +80,13 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
         state = keras.tree.map_structure(ops.stop_gradient, state)
     rest = None if lengths is None else ops.maximum(lengths - num_steps * size, 0)
     last, state = model._advance_layers(
-        x[:, num_steps * size :], state, start="boundary", lengths=rest, seed=seed, keep_state=keep_state
+        x[:, num_steps * size :],
+        state,
+        start="boundary",
+        lengths=rest,
+        seed=seed,
+        keep_state=keep_state,
+        again=again,
     )
     return ops.concatenate([y, last], axis=1), state
 
