@@ -104,7 +104,7 @@ def test_a_scan_that_is_written_out(monkeypatch):
     xs = {"x": np.random.default_rng(0).normal(size=(module.WRITTEN_OUT, 3)).astype("float32")}
 
     def run(carry, xs):
-        return module.scan(lambda carry, x: (carry * 0.5 + x["x"], (carry,)), carry, xs, (carry,))
+        return module.scan(lambda carry, x: (carry * 0.5 + x["x"], (carry,)), carry, xs, (carry,), write_out=True)
 
     def compile_it():
         lowered = jax.jit(lambda carry, xs: run(carry, xs)).lower(np.ones(3, "float32"), xs)  # traced anew

@@ -141,7 +141,7 @@ def main(argv):
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--vocabulary", type=int, default=256)
     parser.add_argument("--blocks-per-step", type=int)
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--remat", nargs="?", const=True, default=False, help="or `layers`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="times alone")
     parser.add_argument("--no-times", action="store_true", help="peak memory alone")

@@ -120,7 +120,7 @@ def write_memories(layer, state, cursor, keys, values, completed, plan, *, every
     else:
         memory, project = initial(), MemoryRows(layer, with_query=static is None)
         like = (memory.key, memory.value) + ((memory.fam,) if layer.initial_fam == "summary" else ())
-        memory, ys = scan(lambda memory, x: step(memory, x, project), memory, xs, like)
+        memory, ys = scan(lambda memory, x: step(memory, x, project), memory, xs, like, write_out=True)
         reads, fams = ys[:2], ys[2:]
         fam, key, value = memory.fam, memory.key, memory.value
         if not isinstance(num_updates, int) or num_blocks > num_updates:

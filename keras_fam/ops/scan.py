@@ -13,7 +13,7 @@ WRITTEN_OUT, LARGE_STEP = 4, 1 << 20
 MAX_EAGER_STEPS = 64
 
 
-def scan(step, carry, xs, y_like):
+def scan(step, carry, xs, y_like, *, write_out=False):
     """Runs `carry, y = step(carry, x)` over the leading axis of `xs` and stacks the `y`.
 
     A compiled loop on JAX and TensorFlow, a Python loop on torch (as fast there as any, see the README).
@@ -23,6 +23,8 @@ def scan(step, carry, xs, y_like):
         carry: initial carry.
         xs: dict of tensors `[n, ...]`, n ≥ 1 (TensorFlow also takes an n that is only known at run time).
         y_like: tuple of tensors with the shapes and dtypes of one `y`; their values are not read.
+        write_out: whether JAX may write few large steps out one after the other. Not if `step` is rematerialised: on a
+            CPU, XLA merges what is to be computed again with what was, unless they are in different loops.
 
     Returns:
         `(carry, ys)` with `ys` stacked over a leading axis of length n.
@@ -33,7 +35,8 @@ def scan(step, carry, xs, y_like):
         import jax
 
         size = sum(x.size * x.dtype.itemsize for x in keras.tree.flatten(xs))
-        return jax.lax.scan(step, carry, xs, unroll=length <= WRITTEN_OUT and size >= length * LARGE_STEP)
+        few = write_out and length <= WRITTEN_OUT and size >= length * LARGE_STEP
+        return jax.lax.scan(step, carry, xs, unroll=few)
     if backend == "tensorflow":
         return _scan_tensorflow(step, carry, xs, y_like)
     outputs = []
