@@ -51,8 +51,11 @@ PROGRAMS = [
     Program("paper_1b", "train", "v5p:2x2x2", (8, 1), 8, 8192, 1),
     Program("paper_1b", "stream", "v5e:2x2", (1, 4), 4, 4096),
     Program("paper_1b", "decode", "v5e:2x2", (1, 4), 4, 1),
+    Program("paper_1b", "stream", "v5p:2x2x1", (1, 4), 4, 4096),
     # As one compiled loop over the layers: written out one after the other, they were never compiled to their end.
-    Program("paper_8b", "train", "v5e:4x4", (1, 16), 1, 8192, 1, changes={"scan_layers": True}),
+    # On 16 chips of v5e, what one block's step keeps of all layers does not fit: there each layer is computed again.
+    Program("paper_8b", "train", "v5e:4x4", (1, 16), 1, 8192, 1, changes={"scan_layers": True, "remat": "layers"}),
+    Program("paper_8b", "train", "v5e:8x8", (4, 16), 4, 8192, 1, changes={"scan_layers": True}),
     Program("paper_8b", "train", "v5p:2x2x4", (4, 4), 4, 8192, 1, changes={"scan_layers": True}),
     Program("paper_8b", "stream", "v5e:2x2", (1, 4), 4, 4096),
     Program("paper_8b", "decode", "v5e:2x2", (1, 4), 4, 1),

@@ -73,7 +73,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
         remat: whether each such step is computed again in the backward pass instead of being stored
             (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same.
             `"layers"`: so, and layer by layer within a step, whose other layers' insides are not kept either: a large
-            model's least memory, at the price of one more forward pass.
+            model's least memory, at the price of one more forward pass. (JAX on a CPU: with `scan_layers` alone.)
         backpropagation_steps: None, or how many such steps gradients cross at most: states are detached after every
             so many steps of a call, counted from its start (truncated back-propagation). None: the whole call.
         scan_layers: whether a call of at least a block runs the layers, which must be equal, as one compiled loop:
