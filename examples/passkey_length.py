@@ -91,6 +91,7 @@ import keras  # noqa: E402  (the backend is chosen before)
 import numpy as np  # noqa: E402
 from keras import ops  # noqa: E402
 from passkey_parts import ReadingOn  # noqa: E402
+from passkey_results import by_place, first_below, gather, plot  # noqa: E402
 
 import keras_fam  # noqa: E402
 from keras_fam.data import PassKey  # noqa: E402
@@ -347,87 +348,14 @@ def run(name, seed):
         path.write_text(json.dumps(result) + "\n")
 
 
-def found_results():
-    """`(name, seed, what was kept of it)` of all trainings in `--out`."""
-    for name in MODELS:
-        for path in sorted(ARGS.out.glob(f"{name}_seed*.json")):
-            yield name, path.stem.split("seed")[1], json.loads(path.read_text())
-
-
-def gather():
-    """All results in `--out`: by texts, line of the figure, factor and seed the share of exact answers; and more."""
-    exact, details = {}, {}
-    for name, seed, found in found_results():
-        details[f"{name}_seed{seed}"] = {
-            **{k: found.get(k) for k in ("steps", "training_seconds", "steps_at_which_levels_began")},
-            "measuring_seconds": {
-                read: {f: got["seconds"] for f, got in lengths.items()} for read, lengths in found["lengths"].items()
-            },
-        }
-        for read, lengths in found["lengths"].items():
-            for factor, got in lengths.items():
-                for how, right in got["right"].items():
-                    line = f"{MODELS[name][0]}, memory {how}" if how else MODELS[name][0]
-                    of_line = exact.setdefault(read, {}).setdefault(line, {}).setdefault(factor, {})
-                    of_line[seed] = float(np.mean(right))
-    return exact, details
-
-
-def share(right):
-    return {"exact": float(np.mean(right)), "rows": len(right)} if len(right) else None
-
-
-def by_place(name):
-    """Over all seeds: exact answers by the quarter of the text in which the key stands, and by distance."""
-    quarters, distances = {}, {}
-    for _, _, found in (result for result in found_results() if result[0] == name):
-        for factor, got in found["lengths"].get(READ, {}).items():
-            tokens = int(factor) * LONGEST * CHUNK * BLOCK
-            for away, right in zip(got["tokens_since_key"], got["right"][""], strict=True):
-                quarter = min(int(4 * (1 - away / tokens)), 3)
-                quarters.setdefault(factor, [[], [], [], []])[quarter].append(right)
-                distances.setdefault(len(str(max(away, 1))), []).append(right)
-    return {
-        "by_quarter_of_the_text": {factor: list(map(share, parts)) for factor, parts in quarters.items()},
-        "by_tokens_since_key": {f"below {10**power:,}": share(distances[power]) for power in sorted(distances)},
-    }
-
-
-def first_below(by_factor, least=0.95):
-    """The first factor at which the mean over seeds falls below `least`, or None."""
-    return next((int(f) for f in sorted(by_factor, key=int) if np.mean(list(by_factor[f].values())) < least), None)
-
-
-def plot(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    longest = result["longest_text_trained"]
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for title, by_factor in result["exact"][READ].items():
-        factors = sorted(map(int, by_factor))
-        values = [list(by_factor[str(factor)].values()) for factor in factors]
-        style = {"linestyle": ":", "marker": "x"} if "memory" in title else {"linestyle": "-", "marker": "o"}
-        (line,) = axes.plot(factors, [np.mean(v) for v in values], label=title, **style)
-        axes.fill_between(factors, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
-    axes.set(xscale="log", ylim=(-0.02, 1.02), ylabel="exact keys (mean and span of seeds)")
-    axes.set(xlabel=f"length of the text, times the longest trained on ({longest:,} tokens)")
-    above = axes.secondary_xaxis("top", functions=(lambda x: x * longest, lambda x: x / longest))
-    above.set_xlabel("tokens")
-    axes.set_title(f"PassKey, key anywhere in {PROSE[ARGS.prose]}", fontsize="medium")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
 def main():
     ARGS.out.mkdir(parents=True, exist_ok=True)
     if not ARGS.draw:
         for name in ARGS.models:
             for seed in ARGS.seeds:
                 run(name, seed)
-    exact, details = gather()
+    titles = {name: title for name, (title, _) in MODELS.items()}
+    exact, details = gather(ARGS.out, titles)
     task = make_task()
     result = {
         "command": "python " + " ".join(sys.argv),
@@ -440,14 +368,14 @@ def main():
         "first_below_95_percent": {
             read: {title: first_below(by_factor) for title, by_factor in lines.items()} for read, lines in exact.items()
         },
-        "recipe": by_place("recipe"),
+        "recipe": by_place(ARGS.out, "recipe", READ, LONGEST * CHUNK * BLOCK),
         "models": details,
         "versions": {"python": platform.python_version(), "keras": keras.__version__},
         "backend": keras.backend.backend(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     (ARGS.out / "passkey_length.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, ARGS.out / "passkey_length.png")
+    plot(result, f"PassKey, key anywhere in {PROSE[ARGS.prose]}", ARGS.out / "passkey_length.png")
     for title, by_factor in exact.get(READ, {}).items():
         cells = (f"{f}: {100 * np.mean(list(by_factor[f].values())):.1f}" for f in sorted(by_factor, key=int))
         print(f"{title:<36}" + "  ".join(cells))
