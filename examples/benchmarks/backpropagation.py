@@ -5,9 +5,10 @@
 One fresh process per backend and way; each takes a few train steps (SGD) on one sequence. The ways: "plain"; "layer",
 where each layer is computed again as a whole (`keras.remat` around the layer, what most projects call gradient
 checkpointing); "block" (`remat=True, blocks_per_step=1`) and "steps of n" (`remat=True, blocks_per_step=n`), which keep
-the states at the boundaries of steps alone. Peak memory is that of the whole process, and what the train steps add to
-it; on JAX also the compiler's own figure for temporary memory (`memory_analysis`). Gradients are compared with the
-plain ones: the rate of SGD is so large that what a step adds to the weights is the gradient.
+the states at the boundaries of steps alone; "layers in steps of n" (`remat="layers"`), where each layer of a step is
+computed once more. Peak memory is that of the whole process, and what the train steps add to it; on JAX also the
+compiler's own figure for temporary memory (`memory_analysis`). Gradients are compared with the plain ones: the rate of
+SGD is so large that what a step adds to the weights is the gradient.
 """
 
 import argparse
@@ -48,7 +49,10 @@ def arguments():
 def options(way):
     if way in ("plain", "layer"):
         return {}
-    return {"remat": True, "blocks_per_step": 1 if way == "block" else int(way.split()[-1])}
+    steps = {"remat": True, "blocks_per_step": 1 if way == "block" else int(way.split()[-1])}
+    if way.startswith("layers"):  # without a loop over layers, XLA on a CPU merges what is computed again with the rest
+        steps |= {"remat": "layers", "scan_layers": os.environ.get("KERAS_BACKEND") == "jax"}
+    return steps
 
 
 def replay_layers(backbone):
