@@ -1,6 +1,7 @@
 """Long inputs in steps: gradients at low memory are the plain ones, and truncation cuts where it says."""
 
 import functools
+import re
 
 import keras
 import numpy as np
@@ -62,6 +63,31 @@ def test_gradients_at_low_memory_are_the_plain_ones(blocks, remat, form):
     assert type(lm).from_config(lm.get_config()).backbone.remat == remat
 
 
+def times_computed(lm):
+    """How often a layer of a model is computed for the gradients: once if all that it does is kept."""
+    calls, blocks = [], lm.backbone.blocks
+    for block in blocks:
+        plain = block.advance_layer
+        block.advance_layer = lambda *args, plain=plain, **options: calls.append(plain) or plain(*args, **options)
+    if keras.backend.backend() != "jax":
+        gradients_of(lm, whole)
+        return len(calls) / len(blocks)
+    import jax
+
+    def loss(trainable):
+        outputs, _ = lm.stateless_call(trainable, [v.value for v in lm.non_trainable_variables], TOKENS, training=True)
+        return ops.sum(outputs)
+
+    program = str(jax.make_jaxpr(loss)([v.value for v in lm.trainable_variables]))
+    return (len(calls) + len(re.findall(r"\b(?:checkpoint|remat\w*)\[", program))) / len(blocks)
+
+
+def test_layers_are_computed_again():
+    """A single step of all blocks: its insides are kept with `remat=True`, and recomputed layer by layer else."""
+    found = [times_computed(make_lm(2, remat=remat, blocks_per_step=BLOCKS)) for remat in (False, True, "layers")]
+    assert found == [1, 1, 2]
+
+
 def test_remat_is_one_of_three():
     with pytest.raises(ValueError, match='"layers"'):
         make_lm(remat="layer")
@@ -94,25 +120,30 @@ def test_truncation_needs_whole_blocks():
         make_lm(backpropagation_steps=0)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="scans are written out on JAX alone")
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="a choice of JAX's compiler: torch's loop is Python's, TensorFlow's `while_loop` is never written out",
+)
 def test_a_scan_that_is_written_out(monkeypatch):
-    """Few large steps compile without a loop, to the same numbers."""
+    """Few large steps compile without a loop where that is allowed, to the same numbers."""
     import jax
 
     from keras_fam.ops import scan as module
 
     xs = {"x": np.random.default_rng(0).normal(size=(module.WRITTEN_OUT, 3)).astype("float32")}
 
-    def run(carry, xs):
-        return module.scan(lambda carry, x: (carry * 0.5 + x["x"], (carry,)), carry, xs, (carry,), write_out=True)
+    def compile_it(write_out):
+        def run(carry, xs):
+            return module.scan(
+                lambda carry, x: (carry * 0.5 + x["x"], (carry,)), carry, xs, (carry,), write_out=write_out
+            )
 
-    def compile_it():
-        lowered = jax.jit(lambda carry, xs: run(carry, xs)).lower(np.ones(3, "float32"), xs)  # traced anew
+        lowered = jax.jit(run).lower(np.ones(3, "float32"), xs)
         return "while" in lowered.as_text(), lowered.compile()(np.ones(3, "float32"), xs)
 
-    has_loop, expected = compile_it()
+    small_has_loop, expected = compile_it(True)
     monkeypatch.setattr(module, "LARGE_STEP", 1)
-    has_loop_then, found = compile_it()
-    assert has_loop and not has_loop_then
+    (has_loop, found), (rematerialised_has_loop, _) = compile_it(True), compile_it(False)
+    assert small_has_loop and not has_loop and rematerialised_has_loop
     for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-6

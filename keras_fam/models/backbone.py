@@ -1,5 +1,6 @@
 """TransformerFAMBackbone: embedding, memory prompt, layers, final norm."""
 
+import functools
 import inspect
 import math
 
@@ -10,7 +11,7 @@ from keras_fam.layers.attention import FeedbackAttention
 from keras_fam.layers.block import TransformerFAMBlock
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.settings import require_positive, require_whole
-from keras_fam.models.layer_loop import SEEDS_PER_LAYER, advance_in_loop, advance_one
+from keras_fam.models.layer_loop import SEEDS_PER_LAYER, advance_in_loop, replay_layer
 from keras_fam.models.layout import layout_map
 from keras_fam.models.lora import LoRA
 from keras_fam.models.preset_folder import load_backbone, save_to_preset
@@ -72,8 +73,8 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             result changes. None chooses: steps of 4,096 tokens, but in training 4 blocks with `remat`, all without.
         remat: whether each such step is computed again in the backward pass instead of being stored
             (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same.
-            `"layers"`: so, and layer by layer within a step, whose other layers' insides are not kept either: a large
-            model's least memory, at the price of one more forward pass. (JAX on a CPU: with `scan_layers` alone.)
+            `"layers"`: so, and within a step each layer is computed once more, so that the insides of one layer are
+            held at a time. On a CPU, JAX saves nothing by it without `scan_layers`.
         backpropagation_steps: None, or how many such steps gradients cross at most: states are detached after every
             so many steps of a call, counted from its start (truncated back-propagation). None: the whole call.
         scan_layers: whether a call of at least a block runs the layers, which must be equal, as one compiled loop:
@@ -318,9 +319,8 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
                     f"block; received {length} tokens of rows that may stand anywhere. Train on whole blocks "
                     "(aligned=True), or make the chunks as short as a step."
                 )
-            again = training and self.remat == "layers"
             x, state = self._advance_layers(
-                x, state, start=start, lengths=lengths, seed=seed, keep_state=keep_state, again=again
+                x, state, start=start, lengths=lengths, seed=seed, training=training, keep_state=keep_state
             )
         else:
             x, state = advance_in_steps(
@@ -328,23 +328,22 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
             )
         return self._finish(x), state
 
-    def _advance_layers(self, x, state, *, start, lengths=None, seed=None, keep_state=True, again=False):
+    def _advance_layers(self, x, state, *, start, lengths=None, seed=None, training=False, keep_state=True):
         rider = None
         if self.fam_length and self.initial_fam == "summary":
             rider = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
         elif self.feeds_stack:
             rider = state.layers[0].fam
-        options = {"start": start, "lengths": lengths, "keep_state": keep_state, "again": again}
-        length = x.shape[1]
+        options = {"start": start, "lengths": lengths, "keep_state": keep_state}
+        length, replay = x.shape[1], training and self.remat == "layers"
         if self.scan_layers and (length is None or length >= self.block_size):
-            x, layers = advance_in_loop(self.blocks, x, state, seed=seed, rider=rider, **options)
+            x, layers = advance_in_loop(self.blocks, x, state, replay=replay, seed=seed, rider=rider, **options)
         else:
             layers = []
             for i, block in enumerate(self.blocks):
-                seeds = fold(seed, SEEDS_PER_LAYER * i)
-                x, layer, rider = advance_one(
-                    block, x, state.layers[i], state.cursor, rider=rider, seed=seeds, **options
-                )
+                own = {"rider": rider, "seed": fold(seed, SEEDS_PER_LAYER * i), **options}
+                advance = functools.partial(replay_layer, block) if replay else block.advance_layer
+                x, layer, rider = advance(x, state.layers[i], state.cursor, **own)
                 x = shard_output(x, block)
                 layers.append(layer)
         if not keep_state:

@@ -1,4 +1,4 @@
-"""Equal layers as one compiled loop: the program is compiled once for all of them."""
+"""How layers are run: equal ones as one compiled loop, and any so that the backward pass computes them again."""
 
 import keras
 from keras import ops
@@ -11,23 +11,31 @@ from keras_fam.sharding import shard_output
 SEEDS_PER_LAYER = 4096  # layer i of a model draws from seeds 4096·i on
 
 
-def advance_one(block, x, layer, cursor, *, again=False, rider=None, **options):
-    """`advance_layer` of a block; with `again`, it is computed again in the backward pass and nothing of it is kept."""
-    if not again:
-        return block.advance_layer(x, layer, cursor, rider=rider, **options)
+def replay_layer(block, x, state, cursor, *, rider=None, **options):
+    """`block.advance_layer`, of which nothing is kept for the backward pass: it is computed again there.
 
-    def compute(x, layer, *ridden):
-        parts = block.advance_layer(x, layer, cursor, rider=ridden[0] if ridden else None, **options)
-        return tuple(part for part in parts if part is not None)
+    Args:
+        block: `TransformerFAMBlock`.
+        x: `[B, T, D]`.
+        state: its `LayerState`.
+        cursor, rider, options: see `keras_fam.layers.reading.advance_layer`.
 
-    ridden = () if rider is None else (rider,)
+    Returns:
+        What `advance_layer` returns.
+    """
+
+    def compute(x, state, *riders):
+        parts = block.advance_layer(x, state, cursor, rider=riders[0] if riders else None, **options)
+        return tuple(part for part in parts if part is not None)  # what is differentiated is tensors alone
+
+    riders = () if rider is None else (rider,)
     read = [v for v in block.weights if keras.backend.is_float_dtype(v.dtype)]
-    y, *rest = remat(compute, read)(x, layer, *ridden)
-    rider = rest.pop() if ridden else None
+    y, *rest = remat(compute, read)(x, state, *riders)
+    rider = rest.pop() if riders else None
     return y, rest[0] if rest else None, rider
 
 
-def advance_in_loop(blocks, x, state, *, again=False, seed=None, rider=None, keep_state=True, **options):
+def advance_in_loop(blocks, x, state, *, replay=False, seed=None, rider=None, keep_state=True, **options):
     """What calling `advance_layer` of one block after the other gives.
 
     The weights of all layers are stacked, which copies them once per call.
@@ -36,7 +44,7 @@ def advance_in_loop(blocks, x, state, *, again=False, seed=None, rider=None, kee
         blocks: `TransformerFAMBlock`s of equal settings.
         x: `[B, T, D]`.
         state: `StreamState` with one `LayerState` per block.
-        again: whether each layer is computed again in the backward pass.
+        replay: whether each layer is computed again in the backward pass.
         seed: None, or an integer tensor `[2]`.
         rider: see `keras_fam.layers.reading.advance_layer`; likewise `keep_state` and `options`.
 
@@ -72,7 +80,7 @@ def advance_in_loop(blocks, x, state, *, again=False, seed=None, rider=None, kee
     if rider_given:  # the rows that a layer hands on have one shape and dtype in all layers
         like = layer_state.fam
         rider = ops.cast(ops.broadcast_to(rider, ops.shape(like)), like.dtype)
-    if again:
+    if replay:
         step = remat(step, [])  # it is given all that it reads
     carry, kept = scan(step, (x, rider) if rider_given else x, xs, tuple(states[0]) if keep_state else ())
     y = carry[0] if rider_given else carry

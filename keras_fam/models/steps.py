@@ -51,7 +51,6 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
         xs["seed"] = fold(seed, 1 + SEEDS_PER_LAYER * model.num_layers * index)
     if every:
         xs["cut"] = ops.logical_and(ops.mod(index, every) == 0, index > 0)
-    again = training and model.remat == "layers"
     # Rows that fill whole blocks have no unfinished one to carry.
     spare = model.block_size if lengths is None else 0
 
@@ -64,7 +63,7 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
             start="boundary",
             lengths=given.get("lengths"),
             seed=given.get("seed"),
-            again=again,
+            training=training,
         )
         return pack(state, spare), (y,)
 
@@ -85,8 +84,8 @@ def advance_in_steps(model, x, state, size, *, lengths=None, seed=None, training
         start="boundary",
         lengths=rest,
         seed=seed,
+        training=training,
         keep_state=keep_state,
-        again=again,
     )
     return ops.concatenate([y, last], axis=1), state
 
