@@ -46,32 +46,15 @@ def arguments():
     return parser.parse_args()
 
 
-def options(way):
-    if way in ("plain", "layer"):
+def options(way, blocks):
+    if way == "plain":
         return {}
+    if way == "layer":  # one step over all blocks
+        return {"remat": "layers", "blocks_per_step": blocks}
     steps = {"remat": True, "blocks_per_step": 1 if way == "block" else int(way.split()[-1])}
     if way.startswith("layers"):  # without a loop over layers, XLA on a CPU merges what is computed again with the rest
         steps |= {"remat": "layers", "scan_layers": os.environ.get("KERAS_BACKEND") == "jax"}
     return steps
-
-
-def replay_layers(backbone):
-    """Wraps every layer of a backbone in `remat`."""
-    from keras_fam.ops.backend import remat
-
-    def replayed(block, plain):
-        def advance_layer(x, state, cursor, *, rider=None, **given):
-            def compute(x, state, cursor):
-                found = plain(x, state, cursor, rider=rider, **given)
-                return tuple(part for part in found if part is not None)
-
-            found = remat(compute, block.trainable_variables)(x, state, cursor)
-            return (*found, *[None] * (3 - len(found)))
-
-        return advance_layer
-
-    for block in backbone.blocks:
-        block.advance_layer = replayed(block, block.advance_layer)
 
 
 def peak_mib():
@@ -94,12 +77,10 @@ def worker(args):
         block_size=args.block_size,
         memory_segments=args.memory_segments,
         fam_length=args.fam_length,
-        **options(args.worker),
+        **options(args.worker, args.blocks),
     )
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.build()
-    if args.worker == "layer":
-        replay_layers(backbone)
     lm.compile(keras.optimizers.SGD(RATE), weighted_metrics=[])
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, args.vocabulary, (args.batch, args.blocks * args.block_size + 1)).astype("int32")
@@ -167,7 +148,7 @@ def main():
             rows.append(result)
             temp = f", compiled temp {result['compiled_temp_mib']:.0f} MiB" if "compiled_temp_mib" in result else ""
             print(
-                f"{backend:<11}{way:<12} peak {result['peak_mib']:6.0f} MiB, added {result['added_mib']:6.0f}{temp}; "
+                f"{backend:<11}{way:<21} peak {result['peak_mib']:6.0f} MiB, added {result['added_mib']:6.0f}{temp}; "
                 f"step {result['step_seconds']:.2f} s ({result['time_ratio']:.2f}); gradients differ by "
                 f"{result['gradient_difference']:.1e}",
                 flush=True,
