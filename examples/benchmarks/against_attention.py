@@ -9,7 +9,7 @@ medians are compared: prefill is a whole sequence from a fresh start, with the s
 (full attention: outputs alone); a train step is `train_on_batch` with Adam. Peak memory is the largest resident memory
 of a process of its own for each system, backend and kind of run. Operations are counted from the sizes: products
 alone, the window of a token as it is computed, full attention once as the whole square and once without the hidden
-half.
+half. `--compiled` asks JAX's compiler instead, and runs nothing: the temporary memory of each compiled program.
 """
 
 import argparse
@@ -49,6 +49,7 @@ def build(system, args):
         fam_feedback=args.fam_feedback,
         blocks_per_step=args.blocks_per_step,
         remat=args.remat,
+        scan_layers=args.scan_layers,
     )
     backbone.build()
     inputs = keras.Input((args.tokens,), dtype="int32")
@@ -87,6 +88,34 @@ def train(system, args, ids):
 KINDS = {"prefill": prefill, "train": train}
 
 
+def temporary_mib(system, kind, args):
+    """Temporary memory of a JAX program by the compiler's own account (`memory_analysis`)."""
+    import jax
+    import keras
+
+    model, streams, options = build(system, args)
+
+    def spec(v):
+        return jax.ShapeDtypeStruct(v.shape, v.dtype)
+
+    ids = jax.ShapeDtypeStruct((1, args.tokens), "int32")
+    if kind == "train":
+        model.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mean_squared_error")
+        model.optimizer.build(model.trainable_variables)
+        groups = model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
+        state = tuple([spec(v) for v in group] for group in (*groups, model.metrics_variables))
+        targets = jax.ShapeDtypeStruct((1, args.tokens, args.width), "float32")
+        lowered = jax.jit(model.train_step, donate_argnums=0).lower(state, (ids, targets))
+    else:
+
+        def read(values, ids):
+            with keras.StatelessScope(state_mapping=list(zip(streams.variables, values, strict=True))):
+                return streams(ids, training=False, **options)
+
+        lowered = jax.jit(read).lower([spec(v) for v in streams.variables], ids)
+    return lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
 def operations(args):
     """Operations of a forward pass per token and layer, from the sizes: products alone."""
     D, S, m, T = args.width, args.block_size, args.memory_segments, args.tokens
@@ -114,6 +143,8 @@ def child(args):
         built = measuring.peak_mib()
         run()
         return {"first run": built, "peak MiB": measuring.peak_mib()}
+    if args.compiled:
+        return {kind: {s: temporary_mib(s, kind, args) for s in args.systems} for kind in args.what}
     result = {}
     for kind in args.what:
         functions = {system: KINDS[kind](system, args, ids) for system in args.systems}
@@ -142,6 +173,8 @@ def main(argv):
     parser.add_argument("--vocabulary", type=int, default=256)
     parser.add_argument("--blocks-per-step", type=int)
     parser.add_argument("--remat", nargs="?", const=True, default=False, help="or `layers`")
+    parser.add_argument("--scan-layers", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="JAX: temporary memory of compiled programs alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="times alone")
     parser.add_argument("--no-times", action="store_true", help="peak memory alone")
@@ -160,6 +193,12 @@ def main(argv):
     settings = {name: value for name, value in vars(args).items() if name not in ("child", "memory_of", "out")}
     result = {"settings": settings, "machine": measuring.machine(args.threads), "operations": operations(args)}
     result["versions"] = measuring.versions("keras", *args.backends)
+    if args.compiled:
+        result["temporary MiB, jax"] = found = measuring.run_child(__file__, argv, "jax", args.threads)
+        for kind, by_system in found.items():
+            print(f"{kind}, temporary MiB: " + ", ".join(f"{name} {mib:.0f}" for name, mib in by_system.items()))
+        measuring.write(result, args.out)
+        return
     for backend in args.backends:
         found = {} if args.no_times else measuring.run_child(__file__, argv, backend, args.threads)
         for kind in args.what:
