@@ -70,8 +70,7 @@ def arguments():
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
-    parser.add_argument("--last-steps", type=int, default=4000, help="steps of a round at the end, likewise")
-    parser.add_argument("--last-rounds", type=int, default=1, help="how many of these rounds are made")
+    parser.add_argument("--last-steps", type=int, default=4000, help="steps at the end with less noise, likewise")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--hidden-dim", type=int, default=64, help="of every model; heads have 16")
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
@@ -261,11 +260,11 @@ def falling(rate, steps):
     return keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=rate, warmup_steps=50)
 
 
-def train_last(model, name, seed, number):
-    """One of the last rounds; the losses."""
-    keras.utils.set_random_seed(seed + 1000 * number)
+def train_last(model, name, seed):
+    """The steps at the end, at `LAST`; their losses."""
+    keras.utils.set_random_seed(seed)
     noise = keras_fam.NoiseScale(model) if "fam_noise" in MODELS[name][1] else None
-    course = Course(seed + 3000 + 1000 * number, noise, ARGS.last_replaced)
+    course = Course(seed + 3000, noise, ARGS.last_replaced)
     course.set(LAST)
     return fit(model, course, ARGS.last_steps, falling(1e-3, ARGS.last_steps))
 
@@ -327,9 +326,9 @@ def run(name, seed):
         result = {"training_seconds": round(time.perf_counter() - started, 1), **history, "lengths": {}}
         model.save_weights(weights)
         path.write_text(json.dumps(result) + "\n")
-    for number in range(len(result["steps"]) - 3, ARGS.last_rounds):  # the last steps
+    if len(result["steps"]) == 3:  # the last ones are missing
         started = time.perf_counter()
-        losses = train_last(model, name, seed, number)
+        losses = train_last(model, name, seed)
         result["training_seconds"] += round(time.perf_counter() - started, 1)
         result["steps"].append(EPOCH * len(losses))
         result["losses"] += [round(float(loss), 4) for loss in losses]
