@@ -119,13 +119,15 @@ def test_gpu_report_at_small_sizes(benchmark, monkeypatch, task, system):
     monkeypatch.setenv("KERAS_BACKEND", BACKEND)  # as the script's own processes have it
     gpu = benchmark("gpu")
     args = argparse.Namespace(
-        small=True, system=system, task=task, length=64, rows=1, blocks_per_step=2, train_blocks=2, repeats=1
+        small=True, system=system, task=task, rows=1, blocks_per_step=2, train_blocks=2, repeats=1, seconds=1.0
     )
     args.fam_feedback = "residual"
-    result = gpu.measure(args)
-    assert result["seconds"] > 0
-    assert result["share"] > 0
-    assert result["tokens_per_second"] > 0
+    results = list(gpu.measure(args, [32, 64]))
+    assert [result["length"] for result in results] == [32, 64]
+    for result in results:
+        assert result["seconds"] > 0
+        assert result["share"] > 0
+        assert result["tokens_per_second"] > 0
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="the GPU report covers JAX and torch")

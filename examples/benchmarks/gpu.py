@@ -5,8 +5,9 @@
 
 The model has the shape of the paper's 1B (18 layers, width 1536, 12 heads, S 1024, m 3, F 64) and random weights, in
 bfloat16. Systems: `fam`; `bswa` (the same without memory); `full`, the same width and depth with full attention
-through the backend's fused kernel. Each measurement runs in a process of its own, so that its peak memory is its own;
-one that runs out of memory is reported as such, and so is any other failure.
+through the backend's fused kernel, up to `--longest-full` tokens. Each task of a system runs in a process of its own,
+shortest inputs first, so that the peak memory after an input is its own; one that runs out of memory is reported as
+such, and so is any other failure.
 
 prefill: T tokens of one row, in bfloat16 weights; the last hidden state is fetched. FAM and BSWA read a chunk at a
     time and keep nothing else, full attention reads all at once (its caches for T tokens are not even kept).
@@ -15,7 +16,8 @@ decode: one token after a context, `--rows` rows; full attention has a cache of 
 
 `share` is the work that the arithmetic of the model needs (matrix products forward; three times that for training,
 without what remat computes again) over the time it took, over the throughput of one large bfloat16 matrix product
-measured in the same process. Times are medians after a first call that compiles.
+measured in the same process. Times are medians after a first call that compiles: of `--repeats` calls, or of as many
+as fit into `--seconds`.
 """
 
 import argparse
@@ -24,7 +26,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,7 @@ SMALL = {"prefill": [64, 256], "train": [64], "decode": [64]}
 SMALL_MODEL = {"vocabulary_size": 128, "num_layers": 1, "hidden_dim": 32, "num_query_heads": 2, "intermediate_dim": 64}
 SMALL_MODEL |= {"block_size": 16, "memory_segments": 1, "fam_length": 4}
 SYSTEMS = ("fam", "bswa", "full")
+RESULT = "result: "  # what the line of a measurement's process begins with
 LOSS_PIECE = 2048  # tokens whose logits exist at the same time in a train step
 
 
@@ -119,39 +121,42 @@ def matrix_throughput(small):
 
 
 def prefill(args):
-    """A function that reads `args.length` tokens and waits for the last hidden state."""
+    """For a length, a function that reads so many tokens and waits for the last hidden state."""
     from keras import ops
 
     from keras_fam.ops.backend import compiled
 
-    model, length = make_model(args, training=False), args.length
-    ids = np.random.default_rng(0).integers(0, settings_of(args)["vocabulary_size"], (1, length)).astype("int32")
+    model, vocabulary = make_model(args, training=False), settings_of(args)["vocabulary_size"]
 
     def last(hidden):
         return ops.cast(hidden[:, -1], "float32")
-
-    if args.system == "full":
-        run = compiled(lambda ids: last(model(ids)), lambda: model.variables)
-        return lambda: ops.convert_to_numpy(run(ops.convert_to_tensor(ids)))
-    size = min(length, args.blocks_per_step * model.block_size)
 
     def step(ids, state):
         hidden, state = model.advance(ids, state, aligned=True)
         return last(hidden), state
 
+    whole = compiled(lambda ids: last(model(ids)), lambda: model.variables)
     run = compiled(step, lambda: model.variables)
 
-    def read():
-        state = model.get_initial_state(1)
-        for first in range(0, length, size):
-            hidden, state = run(ops.convert_to_tensor(ids[:, first : first + size]), state)
-        return ops.convert_to_numpy(hidden)
+    def at(length):
+        ids = np.random.default_rng(0).integers(0, vocabulary, (1, length)).astype("int32")
+        if args.system == "full":
+            return lambda: ops.convert_to_numpy(whole(ops.convert_to_tensor(ids)))
+        size = min(length, args.blocks_per_step * model.block_size)
 
-    return read
+        def read():
+            state = model.get_initial_state(1)
+            for first in range(0, length, size):
+                hidden, state = run(ops.convert_to_tensor(ids[:, first : first + size]), state)
+            return ops.convert_to_numpy(hidden)
+
+        return read
+
+    return at
 
 
 def train(args):
-    """A function that takes one train step and waits for the loss."""
+    """For a length, a function that takes one train step and waits for the loss."""
     import keras
     from keras import ops
 
@@ -169,8 +174,8 @@ def train(args):
 
         def call(self, inputs, training=None):
             ids, targets = inputs
-            hidden = self.backbone(ids, training=training)
-            count = max(1, args.length // LOSS_PIECE)
+            hidden, length = self.backbone(ids, training=training), ids.shape[1]
+            count = max(1, length // LOSS_PIECE)
 
             def piece(total, x):
                 # Not through the embedding layer: in a mixed model Keras computes its reverse call in float32.
@@ -185,13 +190,17 @@ def train(args):
             xs["targets"] = ops.reshape(targets, (count, -1))
             zero = ops.zeros((), "float32")
             total, _ = scan(piece, zero, xs, (zero,))
-            return ops.expand_dims(total / args.length, 0)
+            return ops.expand_dims(total / length, 0)
 
     whole = WithLoss()
     whole.compile("adafactor", loss=lambda y_true, y_pred: ops.mean(y_pred))
-    ids = np.random.default_rng(0).integers(0, vocabulary, (1, args.length + 1)).astype("int32")
-    inputs = (ids[:, :-1], ids[:, 1:])
-    return lambda: float(whole.train_on_batch(inputs, np.zeros((1,), "float32"), return_dict=True)["loss"])
+
+    def at(length):
+        ids = np.random.default_rng(0).integers(0, vocabulary, (1, length + 1)).astype("int32")
+        inputs = (ids[:, :-1], ids[:, 1:])
+        return lambda: float(whole.train_on_batch(inputs, np.zeros((1,), "float32"), return_dict=True)["loss"])
+
+    return at
 
 
 def step_program(step, variables):
@@ -213,7 +222,7 @@ def step_program(step, variables):
 
 
 def decode(args):
-    """A function that reads one token for each row and waits for its logits."""
+    """For a length of context, a function that reads one token for each row and waits for its logits."""
     import keras
     from keras import ops
 
@@ -224,32 +233,34 @@ def decode(args):
     def logits(hidden):
         return ops.cast(model.token_embedding(hidden[:, -1], reverse=True), "float32")
 
-    if args.system == "full":
+    def over_cache(ids, state):
+        caches, position = state
+        hidden, caches = model.step(ids, caches, position)
+        return logits(hidden), (caches, position + 1)
 
-        def step(ids, state):
-            caches, position = state
-            hidden, caches = model.step(ids, caches, position)
-            return logits(hidden), (caches, position + 1)
+    def stream(ids, state):
+        hidden, state = model.advance(ids, state)
+        return logits(hidden), state
 
-        state = (model.get_cache(rows, args.length + 64), ops.convert_to_tensor(np.int32(args.length)))
-    else:  # what a stream holds has one size, so any context stands for all; this one has full segments
+    run = step_program(over_cache if args.system == "full" else stream, model.variables)
 
-        def step(ids, state):
-            hidden, state = model.advance(ids, state)
-            return logits(hidden), state
+    def at(length):
+        if args.system == "full":
+            held = (model.get_cache(rows, length + 64 * args.repeats), ops.convert_to_tensor(np.int32(length)))
+        else:  # what a stream holds has one size, so any context stands for all; this one has full segments
+            held = model.get_initial_state(rows)
+            full = ops.full((rows,), model.block_settings["memory_segments"], "int32")
+            held = held._replace(cursor=held.cursor._replace(block_index=full))
+        held = keras.tree.map_structure(ops.copy, held)  # no two of them share memory
 
-        state = model.get_initial_state(rows)
-        full = ops.full((rows,), model.block_settings["memory_segments"], "int32")
-        state = state._replace(cursor=state.cursor._replace(block_index=full))
-    run = step_program(step, model.variables)
-    held = keras.tree.map_structure(ops.copy, state)  # no two of them share memory
+        def read():
+            nonlocal held
+            found, held = run(ids, held)
+            return ops.convert_to_numpy(found)
 
-    def read():
-        nonlocal held
-        found, held = run(ids, held)
-        return ops.convert_to_numpy(found)
+        return read
 
-    return read
+    return at
 
 
 TASKS = {"prefill": prefill, "train": train, "decode": decode}
@@ -276,47 +287,55 @@ def device_name():
     return jax.local_devices()[0].device_kind
 
 
-def measure(args):
-    """One measurement, in a process of its own."""
-    throughput = matrix_throughput(args.small)
-    run = TASKS[args.task](args)
-    compiling = seconds(run)
-    repeats = args.repeats if compiling < 60 else 1
-    times = [seconds(run) for _ in range(repeats * (16 if args.task == "decode" else 1))]
-    taken = median(times)
-    tokens = args.rows if args.task == "decode" else args.length
-    work = tokens * work_per_token(args, args.length, args.task == "decode") * (3 if args.task == "train" else 1)
-    backend = os.environ["KERAS_BACKEND"]
-    return {
-        "device": device_name(),
-        "seconds": taken,
-        "all_seconds": times,
-        "first_call_seconds": compiling,
-        "tokens_per_second": tokens / taken,
-        "peak_bytes": peak_bytes(),
-        "matrix_product_per_second": throughput,
-        "share": work / taken / throughput,
-        "versions": {name: metadata.version(name) for name in ("keras", backend)},
-    }
+def measure(args, lengths):
+    """One result after another, of one task of one system."""
+    throughput, backend = matrix_throughput(args.small), os.environ["KERAS_BACKEND"]
+    at = TASKS[args.task](args)
+    for length in lengths:
+        run = at(length)
+        compiling = seconds(run)
+        times, most = [], args.repeats * (16 if args.task == "decode" else 1)
+        while len(times) < most and sum(times) <= args.seconds:
+            times.append(seconds(run))
+        taken = median(times)
+        tokens = args.rows if args.task == "decode" else length
+        work = tokens * work_per_token(args, length, args.task == "decode") * (3 if args.task == "train" else 1)
+        yield {
+            "length": length,
+            "device": device_name(),
+            "seconds": taken,
+            "all_seconds": times,
+            "first_call_seconds": compiling,
+            "tokens_per_second": tokens / taken,
+            "peak_bytes": peak_bytes(),
+            "matrix_product_per_second": throughput,
+            "share": work / taken / throughput,
+            "versions": {name: metadata.version(name) for name in ("keras", backend)},
+        }
 
 
-def run_child(argv, backend, system, task, length):
-    """`measure` in a new process; a dict with `"error"` if it fails."""
+def run_child(argv, backend, system, task, lengths):
+    """`measure` in a new process, a result at a time; one with `"error"` for the length at which it fails."""
     root = Path(__file__).resolve().parents[2]
     env = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    env |= {"KERAS_BACKEND": backend}
+    env |= {"KERAS_BACKEND": backend, "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, __file__, *argv, "--child", str(out), "--system", system, "--task", task]
-        done = subprocess.run(
-            [*command, "--length", str(length)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if out.exists():
-            return json.loads(out.read_text())
-    lines = [line for line in done.stdout.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-    memory = [line for line in lines if "out of memory" in line.lower() or "RESOURCE_EXHAUSTED" in line]
-    return {"error": ("out of memory: " + memory[0] if memory else lines[-1])[:300]}
+    command = [sys.executable, __file__, *argv, "--child", ",".join(map(str, lengths)), "--system", system]
+    lines, found = [], 0
+    with subprocess.Popen(
+        [*command, "--task", task], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as child:
+        for line in child.stdout:
+            if line.startswith(RESULT):
+                found += 1
+                yield json.loads(line.removeprefix(RESULT))
+            elif line.strip():
+                lines.append(line.strip())
+    if found < len(lengths):
+        lines = lines or [f"exit status {child.returncode}"]
+        memory = [line for line in lines if "out of memory" in line.lower() or "RESOURCE_EXHAUSTED" in line]
+        error = "out of memory: " + memory[0] if memory else lines[-1]
+        yield {"length": lengths[found], "error": error[:300]}
 
 
 def row(result):
@@ -339,13 +358,16 @@ def main(argv):
     parser.add_argument("--blocks-per-step", type=int, default=8, help="blocks that a prefill reads at a time")
     parser.add_argument("--train-blocks", type=int, default=2, help="blocks between checkpoints of a train step")
     parser.add_argument("--fam-feedback", choices=("residual", "normalized"), default="residual")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--longest-full", type=int, default=256 * K, help="tokens that full attention reads at most")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls (of a token: 16 times as many)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="after so many no call is begun")
     parser.add_argument("--out", type=Path, help="where to write a JSON file")
-    for name in ("child", "system", "task", "length"):
-        parser.add_argument(f"--{name}", type=int if name == "length" else str, help=argparse.SUPPRESS)
+    for name in ("child", "system", "task"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        Path(args.child).write_text(json.dumps(measure(args)))
+        for result in measure(args, map(int, args.child.split(","))):
+            print(RESULT + json.dumps(result), flush=True)
         return
     results = []
     print(f"{'':6}{'':9}{'':6}{'tokens':>9}{'time':>14}{'tokens':>15}{'share':>10}{'GiB':>8}", flush=True)
@@ -354,11 +376,13 @@ def main(argv):
             print(f"{backend} is not installed", flush=True)
             continue
         for task in args.tasks.split(","):
-            sizes = (SMALL if args.small else SIZES)[task]
-            for length in [int(n) for n in args.lengths.split(",")] if args.lengths else sizes:
-                for system in args.systems.split(","):
-                    found = run_child(argv, backend, system, task, length)
-                    results.append({"backend": backend, "task": task, "system": system, "length": length, **found})
+            sizes = (
+                [int(n) for n in args.lengths.split(",")] if args.lengths else (SMALL if args.small else SIZES)[task]
+            )
+            for system in args.systems.split(","):
+                lengths = sorted(n for n in sizes if system != "full" or n <= args.longest_full)
+                for found in run_child(argv, backend, system, task, lengths) if lengths else ():
+                    results.append({"backend": backend, "task": task, "system": system, **found})
                     print(row(results[-1]), flush=True)
                     if args.out:
                         args.out.parent.mkdir(parents=True, exist_ok=True)
