@@ -17,7 +17,7 @@ def result(monkeypatch, kv_heads, softcap, *, step_bytes, fused):
     """Outputs, and the gradient of their weighted sum with respect to queries, keys and values."""
     monkeypatch.setattr(attention, "STEP_BYTES", step_bytes)
     monkeypatch.setattr(attention, "WHOLE_BYTES", step_bytes)
-    monkeypatch.setattr(attention, "fused_attention_exists", lambda: fused)
+    monkeypatch.setattr(attention, "fused_attention_exists", lambda dtype: fused)
     rng = np.random.default_rng(0)
     shapes = [(ROWS, QUERIES, HEADS, WIDTH), (ROWS, KEYS, kv_heads, WIDTH), (ROWS, KEYS, kv_heads, WIDTH)]
     ends = np.cumsum([np.prod(shape) for shape in shapes])

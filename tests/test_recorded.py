@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_fam
+from keras_fam.ops import backend
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.recorded import CALLS_BEFORE, Recorded
 from keras_fam.sampling import choose, find_sampler
@@ -64,6 +65,26 @@ def test_token_by_token_past_several_blocks(settings, recorded):
     assert len(recorded) == 1 and recorded[0]
 
 
+@pytest.mark.parametrize("device, graphs", [("gpu", 1), ("cpu", 0)])
+def test_many_blocks_on_a_gpu(device, graphs, recorded, monkeypatch):
+    """There a program of whole blocks is recorded too, after more calls; outputs and states are the same to the bit."""
+    import torch
+
+    monkeypatch.setattr(backend, "platform", lambda: device)
+    monkeypatch.setattr(backend, "CALLS_BEFORE_LARGE", 3)
+    model = make_model(num_visible_memories=2)
+    ids = np.random.default_rng(0).integers(0, V, (2, 6 * 4 * S)).astype("int32")
+    stream, theirs = keras_fam.StreamingModel(model, batch_size=2), model.get_initial_state(2)
+    for i in range(0, ids.shape[1], 4 * S):
+        found = stream.predict(ids[:, i : i + 4 * S], verbose=0)
+        with torch.no_grad():
+            expected, theirs = model.advance(ops.convert_to_tensor(ids[:, i : i + 4 * S]), theirs, aligned=True)
+        assert np.array_equal(found, ops.convert_to_numpy(expected))
+        pairs = zip(keras.tree.flatten(stream.state), keras.tree.flatten(theirs), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+    assert len(recorded) == graphs and all(recorded)
+
+
 @pytest.mark.parametrize("sampler", ["greedy", "top_k"])
 def test_generation_goes_on_from_graphs(sampler, recorded):
     """Tokens read as they are chosen, and tokens chosen in one loop on a copy of the state, are the same."""
@@ -109,7 +130,7 @@ def branches_on_values(x):
 
 
 def reads_values_with_numpy(x):
-    return x + float(x.detach().numpy().sum())
+    return x + float(x.detach().cpu().numpy().sum())
 
 
 @pytest.mark.parametrize("reads_values", [branches_on_values, reads_values_with_numpy])
@@ -129,15 +150,17 @@ def test_simplified_graph():
 
     weight = keras.Variable(np.array([1.0, 2.0]), trainable=False)
 
+    device = weight.value.device
+
     def function(x):
-        count = torch.arange(2) + 1
-        held = torch.zeros(2)
+        count = torch.arange(2, device=device) + 1
+        held = torch.zeros(2, device=device)
         held.add_(x)
-        return held + count, (x + weight.value) * (torch.arange(2) + 1), x + weight.value
+        return held + count, (x + weight.value) * (torch.arange(2, device=device) + 1), x + weight.value
 
     run = Recorded(function, [weight])
     for i in range(CALLS_BEFORE + 3):
-        x = torch.tensor([float(i), 1.0])
+        x = torch.tensor([float(i), 1.0], device=device)
         for a, b in zip(run(x), function(x), strict=True):
             assert torch.equal(a, b)
     ((graph, _),) = run.graphs.values()
@@ -145,4 +168,4 @@ def test_simplified_graph():
     assert "aten.arange.default" not in names and names.count("aten.add.Tensor") == 2
     assert len(dict(graph.named_buffers())) <= 2  # 1 and 2; zeros are made anew for writing
     weight.assign([5.0, 6.0])
-    assert torch.equal(run(x)[2], x + torch.tensor([5.0, 6.0]))
+    assert torch.equal(run(x)[2], x + torch.tensor([5.0, 6.0], device=device))

@@ -52,7 +52,7 @@ def attend(query, key, value, mask=None, softcap=None, visible=None):
     """
     if _records:
         _record(query, key, value, mask, softcap, visible)
-    if softcap is None and fused_attention_exists():
+    if softcap is None and fused_attention_exists(query.dtype):
         return _attend_fused(query, key, value, mask, visible)
     # Heads first, and all queries of a key/value head in one matrix: plain batched products are the fastest everywhere.
     kv_heads, count, width = key.shape[-2], ops.shape(query)[1], value.shape[-1]
@@ -136,11 +136,13 @@ def _attend_in_steps(query, key, value, mask, visible, softcap, groups, rows, he
     return ops.reshape(out, (*query.shape[:-1], value.shape[-1]))
 
 
-def fused_attention_exists():
-    """Whether the backend has attention as one kernel on this device, for any mask."""
+def fused_attention_exists(dtype):
+    """Whether the backend has attention as one kernel on this device, for any mask and numbers of this kind."""
     backend = keras.backend.backend()
-    # Not on TPU: there Keras' kernel reads the mask of the first row for all rows.
-    return backend == "torch" or (backend == "jax" and platform() == "gpu")
+    # Not on TPU: there Keras' kernel reads the mask of the first row for all rows. On a GPU, JAX' kernel takes numbers
+    # of 16 bits; for others it has none, and would compute the softmax of float64 logits in float32.
+    short = keras.backend.standardize_dtype(dtype) in ("bfloat16", "float16")
+    return backend == "torch" or (backend == "jax" and platform() == "gpu" and short)
 
 
 def _attend_fused(query, key, value, mask, visible):

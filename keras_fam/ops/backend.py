@@ -4,7 +4,7 @@ torch alone in `recorded.py`; nowhere else."""
 import keras
 from keras import ops
 
-from keras_fam.ops.recorded import Recorded, is_recording
+from keras_fam.ops.recorded import CALLS_BEFORE, CALLS_BEFORE_LARGE, Recorded, is_recording
 
 
 def is_eager(x):
@@ -125,7 +125,7 @@ def programs_of(model) -> dict:
     return vars(model).setdefault("_stream_programs", {})  # past Keras' tracking of attributes
 
 
-def compiled(function, variables, *, small=False):
+def compiled(function, variables, *, small=None):
     """A compiled form of a function of tensors that reads `variables` and is not differentiated.
 
     Compiled once per combination of input shapes (JAX, TensorFlow); on torch it runs eagerly without autograd.
@@ -133,8 +133,9 @@ def compiled(function, variables, *, small=False):
     Args:
         function: function of structures of tensors, with a structure of tensors as result.
         variables: function without arguments that lists the `keras.Variable`s it reads.
-        small: whether it does so little that torch runs it from a recorded graph (`Recorded`) after a few calls. It has
-            no effects then, draws nothing, and loops over no values.
+        small: None, or whether it does so little that torch runs it from a recorded graph (`Recorded`) after a few
+            calls; on a GPU, where starting an operation takes as long as many a one, it runs from one after more
+            calls if it does much. It has no effects then, draws nothing, and loops over no values.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -155,8 +156,9 @@ def compiled(function, variables, *, small=False):
         return _remade(lambda: tf.function(function, autograph=False, reduce_retracing=False), variables)
     import torch
 
-    if small:
-        return torch.no_grad()(_remade(lambda: Recorded(function, variables()), variables))
+    if small or (small is False and platform() == "gpu"):
+        calls = CALLS_BEFORE if small else CALLS_BEFORE_LARGE
+        return torch.no_grad()(_remade(lambda: Recorded(function, variables(), calls), variables))
     return torch.no_grad()(function)
 
 

@@ -10,12 +10,15 @@ call for which one of them holds is computed anew, operation by operation. In de
 """
 
 import contextlib
+import hashlib
 import threading
 
 import keras
 
-CALLS_BEFORE = 8  # calls of one kind before it is recorded, which takes as long as some hundred of them
-LARGEST = 1 << 20  # numbers in a tensor that is compared with others, to keep one of each
+# Calls of one kind before it is recorded. For one token that takes as long as some hundred calls; for many blocks on a
+# GPU it saves about half of each call.
+CALLS_BEFORE, CALLS_BEFORE_LARGE = 8, 64
+LARGEST = 1 << 23  # numbers in a tensor that is compared with others, to keep one of each
 
 _local = threading.local()
 
@@ -47,10 +50,12 @@ class Recorded:
     Args:
         function: function of structures of tensors with a structure of tensors as result, without effects.
         variables: the `keras.Variable`s that it reads; they may be assigned to, but not replaced.
+        calls_before: how many calls of one kind run as they are.
     """
 
-    def __init__(self, function, variables):
+    def __init__(self, function, variables, calls_before=CALLS_BEFORE):
         self.function, self.variables, self.graphs = function, variables, {}
+        self.calls_before = calls_before
 
     def __call__(self, *args):
         import torch
@@ -62,7 +67,7 @@ class Recorded:
         found = self.graphs.setdefault(kind, 0)
         if isinstance(found, int):
             self.graphs[kind] = found + 1
-            if found + 1 == CALLS_BEFORE:
+            if found + 1 == self.calls_before:
                 self.graphs[kind] = self._record(args, leaves)
             return self.function(*args)
         if not found:
@@ -193,14 +198,21 @@ def _hold_constants(module, node, known, constants):
         if not isinstance(tensor, torch.Tensor):
             continue
         key = id(source)
-        if tensor.numel() <= LARGEST and tensor.device.type == "cpu":
-            raw = (
-                tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-            )
-            key = (tensor.shape, tensor.stride(), tensor.dtype, raw)
+        if tensor.numel() <= LARGEST:
+            key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, _digest(tensor))
         if key not in constants:
             name = f"_known_{len(constants)}"
             module.register_buffer(name, tensor.detach(), persistent=False)
             with module.graph.inserting_before(node):
                 constants[key] = module.graph.get_attr(name)
         node.replace_input_with(source, constants[key])
+
+
+def _digest(tensor):
+    """What tells a tensor's numbers from others, in few bytes."""
+    import torch
+
+    if not tensor.numel():
+        return b""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(raw).digest()
