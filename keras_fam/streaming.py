@@ -14,6 +14,8 @@ from keras_fam.generation import generate, generate_stream
 from keras_fam.ops.backend import compiled, programs_of
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 
+OFTEN = 4  # from this time on that streams start anew, the program that makes their state is compiled
+
 
 def _last(outputs, before, lengths):
     """Outputs after the last token of each row, float32 `[B, V]`; `before` in rows without tokens."""
@@ -175,7 +177,7 @@ class StreamingModel(StreamTraining):
             self._start_anew()
             return
         rows = self._check_rows(rows)
-        self._replace(rows, self.model.get_initial_state(len(rows)), self._unknown(len(rows)))
+        self._replace(rows, self._initial_state(len(rows)), self._unknown(len(rows)))
         self.position = self.position.copy()
         self.position[rows] = 0
 
@@ -257,8 +259,20 @@ class StreamingModel(StreamTraining):
         self.position[to] = self.position[source[0]]
 
     def _start_anew(self):
-        self._state, self.next_logits = self.model.get_initial_state(self.batch_size), self._unknown(self.batch_size)
+        self._state, self.next_logits = self._initial_state(self.batch_size), self._unknown(self.batch_size)
         self.position = np.zeros(self.batch_size, "int64")
+
+    def _initial_state(self, count):
+        """The state of new streams: the first memories pass all layers, which takes long operation by operation."""
+        model, key = self.model, ("initial", count)
+        found = self._programs.setdefault(key, 1)
+        if found == OFTEN:
+            found = compiled(lambda: model.get_initial_state(count), lambda: model.variables)
+        elif isinstance(found, int):
+            self._programs[key] = found + 1
+            return model.get_initial_state(count)
+        self._programs[key] = found
+        return found()
 
     def _unknown(self, count):
         """Logits of rows that have read nothing."""

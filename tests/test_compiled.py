@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import keras_fam
-from keras_fam.ops.backend import compiled
+from keras_fam.ops.backend import compiled, programs_of
+from keras_fam.streaming import OFTEN
 
 BACKEND = keras.backend.backend()
 IDS = np.random.default_rng(0).integers(0, 11, (2, 14)).astype("int32")  # blocks of 4: the last one is not full
@@ -87,3 +88,23 @@ def test_layers_as_a_loop_are_equal():
         model(scan_layers=True, layer_settings=[{}, {"memory_segments": 0}])
     with pytest.raises(ValueError, match="hands the top layer's memory"):
         model(scan_layers=True, fam_recurrence="stack")
+
+
+def test_streams_that_often_start_anew():
+    """Their state comes from a compiled program then: the same one, of the weights that there are, for any rows."""
+    lm = model()
+    stream, ids = keras_fam.StreamingModel(lm, batch_size=2), IDS[:, :1]
+    for i in range(OFTEN + 2):
+        if i == OFTEN + 1:
+            for variable in lm.trainable_variables:
+                variable.assign(variable.value * 1.5 + 0.01)
+            stream.reset_state()
+        expected = keras.ops.convert_to_numpy(lm(ids))
+        np.testing.assert_allclose(stream.predict(ids, verbose=0), expected, atol=1e-5, err_msg=f"{BACKEND}, start {i}")
+        stream.reset_state(rows=[1])
+        found = stream.predict(ids, verbose=0)
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-5, err_msg=f"{BACKEND}, start {i}")
+        assert np.abs(found[0] - expected[0]).max() > 1e-4
+        stream.reset_state()
+    made = [name for name, program in programs_of(lm).items() if name[0] == "initial" and callable(program)]
+    assert sorted(count for _, count in made) == [1, 2]
