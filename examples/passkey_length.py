@@ -47,8 +47,9 @@ LEVELS = (
     *(Level(8, noise) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
 LONGEST, WRITTEN_AT = LEVELS[-1].steps, 0.03  # the loss at which writing has been learned
-# The last steps: strong noise has taught the memory to hold, and costs some of what is written.
-LAST = LEVELS[-1]._replace(noise=0.4)
+# The last steps, in two rounds: strong noise has taught the memory to hold, and costs some of what is written. With
+# 0.4 alone in the end, it forgets some of what it holds again within 16 times the longest text.
+LAST = tuple(LEVELS[-1]._replace(noise=noise) for noise in (0.4, 0.6))
 PROSE = {
     "held_out": "held-out prose of Python's documentation",
     "austen": "Austen's novels",
@@ -70,7 +71,7 @@ def arguments():
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
-    parser.add_argument("--last-steps", type=int, default=4000, help="steps at the end with less noise, likewise")
+    parser.add_argument("--last-steps", type=int, nargs="*", default=[4000, 6000], help="of each round at the end")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--hidden-dim", type=int, default=64, help="of every model; heads have 16")
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
@@ -79,7 +80,10 @@ def arguments():
     parser.add_argument("--last-replaced", type=float, default=0.4, help="the same in the last steps")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
     parser.add_argument("--draw", action="store_true", help="only put together what is there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.last_steps) > len(LAST):
+        parser.error(f"--last-steps: there are {len(LAST)} rounds at the end; received {len(args.last_steps)} numbers")
+    return args
 
 
 ARGS = arguments()
@@ -260,13 +264,14 @@ def falling(rate, steps):
     return keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=rate, warmup_steps=50)
 
 
-def train_last(model, name, seed):
-    """The steps at the end, at `LAST`; their losses."""
+def train_last(model, name, seed, number):
+    """A round of steps at the end, at `LAST[number]`; their losses."""
     keras.utils.set_random_seed(seed)
     noise = keras_fam.NoiseScale(model) if "fam_noise" in MODELS[name][1] else None
-    course = Course(seed + 3000, noise, ARGS.last_replaced)
-    course.set(LAST)
-    return fit(model, course, ARGS.last_steps, falling(1e-3, ARGS.last_steps))
+    course = Course(seed + 1000 * (3 + number), noise, ARGS.last_replaced)
+    course.set(LAST[number])
+    steps = ARGS.last_steps[number]
+    return fit(model, course, steps, falling(1e-3, steps))
 
 
 class Reader:
@@ -319,16 +324,16 @@ def run(name, seed):
         model = make_model(task, **MODELS[name][1])
         model.load_weights(weights)
     else:
-        most = (ARGS.write_steps, ARGS.climb_steps, ARGS.steps, ARGS.last_steps)
+        most = (ARGS.write_steps, ARGS.climb_steps, ARGS.steps, *ARGS.last_steps)
         print(f"{MODELS[name][0]}, seed {seed}: at most {', '.join(map(str, most))} steps", flush=True)
         started = time.perf_counter()
         model, history = train(name, task, seed)
         result = {"training_seconds": round(time.perf_counter() - started, 1), **history, "lengths": {}}
         model.save_weights(weights)
         path.write_text(json.dumps(result) + "\n")
-    if len(result["steps"]) == 3:  # the last ones are missing
+    for number in range(len(result["steps"]) - 3, len(ARGS.last_steps)):  # what is missing of the last ones
         started = time.perf_counter()
-        losses = train_last(model, name, seed)
+        losses = train_last(model, name, seed, number)
         result["training_seconds"] += round(time.perf_counter() - started, 1)
         result["steps"].append(EPOCH * len(losses))
         result["losses"] += [round(float(loss), 4) for loss in losses]
