@@ -29,8 +29,8 @@ LEVELS = (
     *(Level(8, noise) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
 LONGEST = LEVELS[-1].steps
-# The last steps, in two rounds: strong noise has taught the memory to hold, and costs some of what is written. With
-# 0.4 alone in the end, it forgets some of what it holds again within 16 times the longest text.
+# The last steps, in one round or two: strong noise has taught the memory to hold, and costs some of what is written.
+# More steps with 0.4 and less made it forget within 16 times the longest text; more with 0.6 did not.
 LAST = tuple(LEVELS[-1]._replace(noise=noise) for noise in (0.4, 0.6))
 
 

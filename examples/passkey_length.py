@@ -24,9 +24,6 @@ import time
 
 EPOCH = 100  # steps
 WRITTEN_AT = 0.03  # the loss at which writing has been learned
-# The loss at the last level at which holding has been learned. Trainings that went on above it lost keys: 1.5 to 3 % at
-# 0.08 to 0.13, a third at 0.17.
-HELD_AT = 0.06
 PROSE = {
     "held_out": "held-out prose of Python's documentation",
     "austen": "Austen's novels",
@@ -48,8 +45,7 @@ def arguments():
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
-    parser.add_argument("--rounds", type=int, default=4, help="of these at most, until the key is held")
-    parser.add_argument("--last-steps", type=int, nargs="*", default=[4000, 6000], help="of each round at the end")
+    parser.add_argument("--last-steps", type=int, nargs="*", default=[4000], help="of each round at the end, at most two")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--hidden-dim", type=int, default=64, help="of every model; heads have 16")
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
@@ -138,8 +134,7 @@ def train(name, task, seed):
 
     First it learns to write: keys anywhere in texts of one step, until the loss is small. The recipe's memory is
     normalized for that, without noise, since a binary one learns to write slowly, if at all; then its signs alone are
-    fed back. From there on texts and noise grow as the loss permits, and at the last level the learning rate falls, as
-    often as the loss asks for.
+    fed back. From there on texts and noise grow as the loss permits, and at the level reached the learning rate falls.
     """
     keras.utils.set_random_seed(seed)
     settings = MODELS[name][1]
@@ -166,22 +161,12 @@ def train(name, task, seed):
     note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: levels.append(course.number))
     climbing = fit(model, course, ARGS.climb_steps, 2e-3, [climb, note])
     steps = [EPOCH * levels.index(level) for level in sorted(set(levels))]
-    settling = settle(model, course)
+    course.seed += 1000
+    settling = fit(model, course, ARGS.steps, falling(2e-3, ARGS.steps))
     losses += climbing + settling
     counts = [EPOCH * len(part) for part in (climbing, settling)]
     losses = [round(float(loss), 4) for loss in losses]
     return model, {"steps": [written, *counts], "steps_at_which_levels_began": steps, "losses": losses}
-
-
-def settle(model, course):
-    """Rounds at the last level, until the key is held; their losses."""
-    losses = []
-    for number in range(ARGS.rounds):
-        course.seed += 1000 if number == 0 else 10_000
-        losses += fit(model, course, ARGS.steps, falling(2e-3, ARGS.steps))
-        if np.mean(losses[-10:]) <= HELD_AT:
-            break
-    return losses
 
 
 def falling(rate, steps):
