@@ -45,7 +45,7 @@ def arguments():
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
-    parser.add_argument("--last-steps", type=int, nargs="*", default=[4000], help="of each round at the end, at most two")
+    parser.add_argument("--last-steps", type=int, nargs="*", default=[4000], help="of each of two last rounds")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--hidden-dim", type=int, default=64, help="of every model; heads have 16")
     parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
