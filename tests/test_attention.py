@@ -13,6 +13,14 @@ ROWS, QUERIES, KEYS, HEADS, WIDTH = 6, 3, 5, 4, 2
 HEAD_BYTES = 4 * QUERIES * KEYS  # softmax weights of one head of one row
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_what_a_kernel_takes_on_a_gpu(monkeypatch, dtype):
+    """JAX' takes numbers of 16 bits; others keep a softmax in their own precision, which it would not."""
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    expected = {"torch": True, "jax": dtype in ("float16", "bfloat16"), "tensorflow": False}
+    assert attention.fused_attention_exists(dtype) == expected[BACKEND]
+
+
 def result(monkeypatch, kv_heads, softcap, *, step_bytes, fused):
     """Outputs, and the gradient of their weighted sum with respect to queries, keys and values."""
     monkeypatch.setattr(attention, "STEP_BYTES", step_bytes)

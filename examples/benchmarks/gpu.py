@@ -297,7 +297,8 @@ def measure(args, lengths):
         run = at(length)
         compiling = seconds(run)
         if args.task == "decode":  # torch records its graph after some calls
-            compiling += sum(seconds(run) for _ in range(CALLS_BEFORE))
+            for _ in range(CALLS_BEFORE):
+                run()
         times, most = [], args.repeats * (16 if args.task == "decode" else 1)
         while len(times) < most and sum(times) <= args.seconds:
             times.append(seconds(run))

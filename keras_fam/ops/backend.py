@@ -133,9 +133,10 @@ def compiled(function, variables, *, small=None):
     Args:
         function: function of structures of tensors, with a structure of tensors as result.
         variables: function without arguments that lists the `keras.Variable`s it reads.
-        small: None, or whether it does so little that torch runs it from a recorded graph (`Recorded`) after a few
-            calls; on a GPU, where starting an operation takes as long as many a one, it runs from one after more
-            calls if it does much. It has no effects then, draws nothing, and loops over no values.
+        small: None: torch calls it as it is. Otherwise it has no effects, draws nothing and loops over no values, so
+            that torch may run it from a recorded graph (`Recorded`). True: after a few calls, since it does so little
+            that calling operations takes longer than computing them. False: on a GPU alone, where that also holds
+            for many blocks, and after more calls.
     """
     backend = keras.backend.backend()
     if backend == "jax":
