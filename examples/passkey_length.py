@@ -22,8 +22,6 @@ import platform
 import sys
 import time
 
-EPOCH = 100  # steps
-WRITTEN_AT = 0.03  # the loss at which writing has been learned
 PROSE = {
     "held_out": "held-out prose of Python's documentation",
     "austen": "Austen's novels",
@@ -64,9 +62,9 @@ os.environ["KERAS_BACKEND"] = ARGS.backend
 import keras  # noqa: E402  (the backend is chosen before)
 import numpy as np  # noqa: E402
 from keras import ops  # noqa: E402
-from passkey_course import BATCH, BLOCK, CHUNK, LAST, LEVELS, LONGEST, Course, question_tokens  # noqa: E402
-from passkey_parts import ReadingOn  # noqa: E402
+from passkey_course import BLOCK, CHUNK, LAST, LONGEST, question_tokens  # noqa: E402
 from passkey_results import by_place, first_below, gather, plot  # noqa: E402
+from passkey_training import Training  # noqa: E402
 
 import keras_fam  # noqa: E402
 from keras_fam.data import PassKey  # noqa: E402
@@ -109,77 +107,6 @@ def make_model(task, **changes):
     model = keras_fam.TransformerFAMCausalLM(backbone)
     model.build()
     return model
-
-
-def noise_of(model):
-    """A function that sets the standard deviation of the noise on a model's memories, at most the model's own."""
-    full = model.backbone.block_settings.get("fam_noise")
-    if not full:
-        return None
-    scale = keras_fam.NoiseScale(model)
-    return lambda noise: setattr(scale, "share", min(noise / full, 1.0))
-
-
-def fit(model, course, steps, rate, callbacks=()):
-    reader = ReadingOn(model, BATCH, BLOCK)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    reader.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
-    size = min(EPOCH, steps)
-    options = {"steps_per_epoch": size, "epochs": steps // size, "verbose": 2, "shuffle": False}
-    return reader.fit(course.batches(), callbacks=list(callbacks), **options).history["loss"]
-
-
-def train(name, task, seed):
-    """A language model trained with `fit`, from scratch: `(model, what happened)`.
-
-    First it learns to write: keys anywhere in texts of one step, until the loss is small. The recipe's memory is
-    normalized for that, without noise, since a binary one learns to write slowly, if at all; then its signs alone are
-    fed back. From there on texts and noise grow as the loss permits, and at the level reached the learning rate falls.
-    """
-    keras.utils.set_random_seed(seed)
-    settings = MODELS[name][1]
-    writer = make_model(task, **({"fam_feedback": "normalized"} if name == "recipe" else settings))
-    course = Course(make_task, seed)
-    until = keras_fam.training.Curriculum(
-        course, [0], attribute="number", monitor="loss", threshold=WRITTEN_AT, stop=True
-    )
-    losses = fit(writer, course, ARGS.write_steps, 2e-3, [until])
-    written = EPOCH * len(losses)
-    model = make_model(task, **settings)
-    for new, old in zip(model.trainable_weights, writer.trainable_weights, strict=True):
-        new.assign(old)
-    course = Course(make_task, seed + 1000, noise_of(model), ARGS.replaced)
-    climb = keras_fam.training.Curriculum(
-        course,
-        range(len(LEVELS)),
-        attribute="number",
-        monitor="loss",
-        threshold=[level.next_at for level in LEVELS],
-        stop=True,
-    )
-    levels = []
-    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: levels.append(course.number))
-    climbing = fit(model, course, ARGS.climb_steps, 2e-3, [climb, note])
-    steps = [EPOCH * levels.index(level) for level in sorted(set(levels))]
-    course.seed += 1000
-    settling = fit(model, course, ARGS.steps, falling(2e-3, ARGS.steps))
-    losses += climbing + settling
-    counts = [EPOCH * len(part) for part in (climbing, settling)]
-    losses = [round(float(loss), 4) for loss in losses]
-    return model, {"steps": [written, *counts], "steps_at_which_levels_began": steps, "losses": losses}
-
-
-def falling(rate, steps):
-    return keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=rate, warmup_steps=50)
-
-
-def train_last(model, seed, number):
-    """A round of steps at the end, at `LAST[number]`; their losses."""
-    keras.utils.set_random_seed(seed)
-    course = Course(make_task, seed + 1000 * (3 + number), noise_of(model), ARGS.last_replaced)
-    course.set(LAST[number])
-    steps = ARGS.last_steps[number]
-    return fit(model, course, steps, falling(1e-3, steps))
 
 
 class Reader:
@@ -227,27 +154,9 @@ def run(name, seed):
     """Trains and measures one model; what an earlier call finished is not done again."""
     task = make_task(seed)
     weights, path = ARGS.out / f"{name}_seed{seed}.weights.h5", ARGS.out / f"{name}_seed{seed}.json"
-    result = json.loads(path.read_text()) if path.exists() else {"lengths": {}}
-    if weights.exists():
-        model = make_model(task, **MODELS[name][1])
-        model.load_weights(weights)
-    else:
-        most = (ARGS.write_steps, ARGS.climb_steps, ARGS.steps, *ARGS.last_steps)
-        print(f"{MODELS[name][0]}, seed {seed}: at most {', '.join(map(str, most))} steps", flush=True)
-        started = time.perf_counter()
-        model, history = train(name, task, seed)
-        result = {"training_seconds": round(time.perf_counter() - started, 1), **history, "lengths": {}}
-        model.save_weights(weights)
-        path.write_text(json.dumps(result) + "\n")
-    for number in range(len(result["steps"]) - 3, len(ARGS.last_steps)):  # what is missing of the last ones
-        started = time.perf_counter()
-        losses = train_last(model, seed, number)
-        result["training_seconds"] += round(time.perf_counter() - started, 1)
-        result["steps"].append(EPOCH * len(losses))
-        result["losses"] += [round(float(loss), 4) for loss in losses]
-        model.save_weights(weights)
-        result["lengths"] = {}
-        path.write_text(json.dumps(result) + "\n")
+    result = json.loads(path.read_text()) if path.exists() else {}
+    training = Training(make_task, lambda **settings: make_model(task, **settings), MODELS[name][1], seed, ARGS)
+    model = training.run(result, weights, lambda: path.write_text(json.dumps(result) + "\n"))
     reader, (reading, split) = Reader(model), make_reading(task)
     found = result["lengths"].setdefault(READ, {})
     for factor in ARGS.factors:

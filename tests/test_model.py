@@ -206,13 +206,13 @@ def test_streams_of_one_model_share_programs_and_do_not_outlive_their_use():
     lm, _, _ = make()
     first = keras_fam.StreamingModel(lm, 2)
     expected = first.predict(TOKENS[:, :3])
-    programs, gone = dict(first._programs), weakref.ref(first)
+    programs, gone = {key: made for key, made in first._programs.items() if callable(made)}, weakref.ref(first)
     del first
     gc.collect()
     assert gone() is None, "a compiled program keeps a stream, and so its state, alive"
     second = keras_fam.StreamingModel(lm, 2)
     np.testing.assert_array_equal(second.predict(TOKENS[:, :3]), expected)
-    assert second._programs == programs and programs
+    assert {key: made for key, made in second._programs.items() if callable(made)} == programs and programs
 
 
 def test_ids_of_any_width_run_in_one_program(monkeypatch):
