@@ -40,7 +40,8 @@ def arguments():
         "--texts", type=int, default=0, help="another number: other keys, places and parts of the prose"
     )
     parser.add_argument("--prose", choices=list(PROSE), default="held_out", help="what is read in the end")
-    parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone")
+    parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone, each time")
+    parser.add_argument("--write-attempts", type=int, default=2, help="from other weights")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
     parser.add_argument("--last-steps", type=int, nargs="*", default=[4000], help="of each of two last rounds")

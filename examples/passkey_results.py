@@ -22,7 +22,7 @@ def gather(folder, titles):
     exact, details = {}, {}
     for name, seed, found in found_results(folder, titles):
         details[f"{name}_seed{seed}"] = {
-            **{k: found.get(k) for k in ("steps", "training_seconds", "steps_at_which_levels_began")},
+            **{k: found.get(k) for k in ("steps", "write_attempts", "training_seconds", "steps_at_which_levels_began")},
             "measuring_seconds": {
                 read: {f: got["seconds"] for f, got in lengths.items()} for read, lengths in found["lengths"].items()
             },

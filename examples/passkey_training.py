@@ -49,7 +49,7 @@ class Training:
         settings: dict, of the model that is trained.
         seed: int.
         limits: namespace with the steps of the stages, at most (`write_steps`, `climb_steps`, `steps`, `last_steps`),
-            and the share of words `replaced` and `last_replaced`.
+            how often writing may begin (`write_attempts`), and the shares of words `replaced` and `last_replaced`.
     """
 
     def __init__(self, make_task, make_model, settings, seed, limits):
@@ -90,15 +90,25 @@ class Training:
             settings = {"fam_feedback": "normalized"}
         return self.make_model(**settings)
 
-    def course(self, model, number, replaced):
+    def course(self, model, number, replaced, attempt=0):
         """The stages' courses differ in their seeds."""
-        return Course(self.make_task, self.seed + 1000 * number, noise_of(model), replaced)
+        return Course(self.make_task, self.seed + 1000 * number + 100 * attempt, noise_of(model), replaced)
 
     def write(self, model, result):
-        course = self.course(model, 0, 0.0)
-        until = {"monitor": "loss", "threshold": WRITTEN_AT, "stop": True}
-        until = keras_fam.training.Curriculum(course, [0], attribute="number", **until)
-        return model, fit(model, course, self.limits.write_steps, 2e-3, [until])
+        """Begins anew, from other initial weights, where writing has not been learned in time."""
+        losses = []
+        for attempt in range(self.limits.write_attempts):
+            if attempt:
+                keras.utils.set_random_seed(self.seed + 100 * attempt)
+                model = self.make(writes=True)
+            course = self.course(model, 0, 0.0, attempt)
+            until = {"monitor": "loss", "threshold": WRITTEN_AT, "stop": True}
+            until = keras_fam.training.Curriculum(course, [0], attribute="number", **until)
+            losses += fit(model, course, self.limits.write_steps, 2e-3, [until])
+            if losses[-1] <= WRITTEN_AT:
+                break
+        result["write_attempts"] = attempt + 1
+        return model, losses
 
     def climb(self, writer, result):
         model = self.make(writes=False)
