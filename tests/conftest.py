@@ -1,6 +1,9 @@
+import gc
 import os
 
 import keras
+
+gc.set_threshold(100_000)  # compilers make millions of short-lived objects; looking through them takes up to a tenth
 
 # `make test` runs three workers, and there may be two cores: the one that compiles takes longest and goes first.
 if "PYTEST_XDIST_WORKER" in os.environ and keras.backend.backend() != "jax" and hasattr(os, "nice"):
