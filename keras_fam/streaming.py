@@ -154,7 +154,9 @@ class StreamingModel(StreamTraining):
         key = (aligned, lengths is not None)
         if key not in self._programs:
             model = self.model  # programs outlive the stream
-            self._programs[key] = compiled(_step(model, aligned), lambda: model.variables, small=not aligned)
+            self._programs[key] = compiled(
+                _step(model, aligned), lambda: model.variables, record="gpu" if aligned else "anywhere"
+            )
         given = () if lengths is None else (ops.convert_to_tensor(lengths),)
         return self._programs[key](ops.convert_to_tensor(piece), state, *given)
 

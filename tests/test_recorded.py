@@ -49,7 +49,7 @@ def test_token_by_token_past_several_blocks(settings, recorded):
 
     model = make_model(**settings)
     ids = np.random.default_rng(0).integers(0, V, (2, CALLS_BEFORE + 5 * S + 1)).astype("int32")
-    run = compiled(lambda x, state: model.advance(x, state), lambda: model.variables, small=True)
+    run = compiled(lambda x, state: model.advance(x, state), lambda: model.variables, record="anywhere")
     ours = theirs = model.get_initial_state(2)
     for i in range(ids.shape[1]):
         if i == CALLS_BEFORE + 2 * S:

@@ -136,7 +136,7 @@ def prefill(args):
         return last(hidden), state
 
     whole = compiled(lambda ids: last(model(ids)), lambda: model.variables)
-    run = compiled(step, lambda: model.variables, small=False)
+    run = compiled(step, lambda: model.variables, record="gpu")
 
     def at(length):
         ids = np.random.default_rng(0).integers(0, vocabulary, (1, length)).astype("int32")
@@ -210,7 +210,7 @@ def step_program(step, variables):
     from keras_fam.ops.backend import compiled
 
     if os.environ["KERAS_BACKEND"] == "torch":
-        return compiled(step, lambda: variables, small=True)
+        return compiled(step, lambda: variables, record="anywhere")
     import jax
 
     def pure(values, state, ids):

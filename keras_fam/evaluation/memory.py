@@ -22,7 +22,7 @@ class _Reader:
                 f"There is a memory to look at; {model.name} has fam_length=0 (TransformerBSWA). Give it memory rows."
             )
         self.block_size, self.blocks_per_step = layer.block_size, blocks_per_step
-        self._program = compiled(self._read, lambda: self.model.variables, small=False)
+        self._program = compiled(self._read, lambda: self.model.variables, record="gpu")
 
     def _read(self, tokens, state):
         shape = ops.shape(tokens)

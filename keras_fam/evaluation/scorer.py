@@ -43,7 +43,7 @@ class StreamScorer:
         self.boundaries = np.asarray(boundaries, "int64")
         if self.boundaries[0] != 0 or (np.diff(self.boundaries) <= 0).any():
             raise ValueError(f"`boundaries` increase from 0; received {boundaries!r}.")
-        self._program = compiled(self._step, lambda: self.model.variables, small=False)
+        self._program = compiled(self._step, lambda: self.model.variables, record="gpu")
 
     def score(self, texts):
         """Reads B texts from their start.

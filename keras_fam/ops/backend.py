@@ -125,7 +125,7 @@ def programs_of(model) -> dict:
     return vars(model).setdefault("_stream_programs", {})  # past Keras' tracking of attributes
 
 
-def compiled(function, variables, *, small=None):
+def compiled(function, variables, *, record=None):
     """A compiled form of a function of tensors that reads `variables` and is not differentiated.
 
     Compiled once per combination of input shapes (JAX, TensorFlow); on torch it runs eagerly without autograd.
@@ -133,10 +133,10 @@ def compiled(function, variables, *, small=None):
     Args:
         function: function of structures of tensors, with a structure of tensors as result.
         variables: function without arguments that lists the `keras.Variable`s it reads.
-        small: None: torch calls it as it is. Otherwise it has no effects, draws nothing and loops over no values, so
-            that torch may run it from a recorded graph (`Recorded`). True: after a few calls, since it does so little
-            that calling operations takes longer than computing them. False: on a GPU alone, where that also holds
-            for many blocks, and after more calls.
+        record: where torch runs it from a recorded graph (`Recorded`): None, nowhere. `"anywhere"`, after a few calls:
+            it does so little that calling operations takes longer than computing them. `"gpu"`: on a GPU alone, where
+            that also holds for many blocks, and after more calls. A function that is recorded has no effects, draws
+            nothing and loops over no values.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -157,8 +157,8 @@ def compiled(function, variables, *, small=None):
         return _remade(lambda: tf.function(function, autograph=False, reduce_retracing=False), variables)
     import torch
 
-    if small or (small is False and platform() == "gpu"):
-        calls = CALLS_BEFORE if small else CALLS_BEFORE_LARGE
+    if record == "anywhere" or (record == "gpu" and platform() == "gpu"):
+        calls = CALLS_BEFORE if record == "anywhere" else CALLS_BEFORE_LARGE
         return torch.no_grad()(_remade(lambda: Recorded(function, variables(), calls), variables))
     return torch.no_grad()(function)
 
@@ -175,7 +175,7 @@ def small_step(model, name, function):
         return function
     programs = programs_of(model)
     if name not in programs:
-        programs[name] = compiled(function, lambda: model.variables, small=True)
+        programs[name] = compiled(function, lambda: model.variables, record="anywhere")
     return programs[name]
 
 
