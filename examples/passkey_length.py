@@ -41,7 +41,7 @@ def arguments():
     )
     parser.add_argument("--prose", choices=list(PROSE), default="held_out", help="what is read in the end")
     parser.add_argument("--write-steps", type=int, default=4000, help="most steps that teach writing alone, each time")
-    parser.add_argument("--write-attempts", type=int, default=2, help="from other weights")
+    parser.add_argument("--write-attempts", type=int, default=2, help="each from other initial weights")
     parser.add_argument("--climb-steps", type=int, default=14000, help="most steps that climb the levels")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
     parser.add_argument("--last-steps", type=int, nargs="*", default=[4000, 6000], help="of each of two last rounds")
@@ -173,6 +173,8 @@ def run(name, seed):
 def main():
     if len(ARGS.last_steps) > len(LAST):
         sys.exit(f"--last-steps: there are {len(LAST)} rounds at the end; received {len(ARGS.last_steps)} numbers")
+    if ARGS.write_attempts < 1:
+        sys.exit(f"--write-attempts: writing begins at least once; received {ARGS.write_attempts}")
     ARGS.out.mkdir(parents=True, exist_ok=True)
     if not ARGS.draw:
         for name in ARGS.models:

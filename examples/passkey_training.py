@@ -85,9 +85,10 @@ class Training:
         return model
 
     def make(self, writes):
+        """A model of the first stage, which learns to write, or of the later ones."""
         settings = self.settings
         if writes and "fam_feedback" in settings:
-            settings = {"fam_feedback": "normalized"}
+            settings = {**settings, "fam_feedback": "normalized", "fam_noise": 0.0}
         return self.make_model(**settings)
 
     def course(self, model, number, replaced, attempt=0):
