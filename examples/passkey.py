@@ -63,7 +63,7 @@ from passkey_parts import ReadingOn  # noqa: E402
 import keras_fam  # noqa: E402
 from keras_fam.data import PassKey, accuracy  # noqa: E402
 from keras_fam.data.passkey import QUESTION  # noqa: E402
-from keras_fam.evaluation import KNOCK_OUTS, knock_out  # noqa: E402
+from keras_fam.evaluation import ABLATIONS, ablate_memory  # noqa: E402
 
 MODELS = {
     "normalized": ("FAM (normalized, noise)", {"fam_feedback": "normalized", "fam_noise": ARGS.fam_noise}),
@@ -166,7 +166,7 @@ def test(model, task, blocks, how=None):
     last, expected, rng = [], None, np.random.default_rng(ARGS.seed)
     for chunk in task.stream(ARGS.test_rows, None, step, total_tokens=total, seed=ARGS.seed + 1, split="held_out"):
         if how and chunk["start"]:
-            stream.set_state(knock_out(model, stream.state, how, rng))
+            stream.set_state(ablate_memory(model, stream.state, how, rng))
         logits = stream.predict(chunk["token_ids"])
         last = [*last[-1:], logits]  # the answer's last digits may stand in the chunk before
         expected = chunk
@@ -212,7 +212,7 @@ def main():
         model, seconds[name] = train(key, task)
         table[name] = [test(model, task, count) for count in blocks]
         if key == "normalized":
-            for how in KNOCK_OUTS:  # one block at a time is slow: the first three lengths tell
+            for how in ABLATIONS:  # one block at a time is slow: the first three lengths tell
                 row = [test(model, task, count, how) for count in blocks[:3]]
                 table[f"{name}, memory {how}"] = row + [None] * (len(blocks) - 3)
     print(f"\nexact keys in %, {ARGS.test_rows} held-out rows; chance {100 * task.chance:.3g} %")

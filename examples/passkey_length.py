@@ -71,7 +71,7 @@ import keras_fam  # noqa: E402
 from keras_fam.data import PassKey  # noqa: E402
 from keras_fam.data.austen import austen  # noqa: E402
 from keras_fam.data.king_james import king_james  # noqa: E402
-from keras_fam.evaluation import KNOCK_OUTS, knock_out  # noqa: E402
+from keras_fam.evaluation import ABLATIONS, ablate_memory  # noqa: E402
 from keras_fam.ops.backend import compiled  # noqa: E402
 
 MODELS = {
@@ -140,7 +140,7 @@ class Reader:
         states = {"": state}
         if has_memory:
             rng = np.random.default_rng(seed)
-            states.update({how: knock_out(self.model, state, how, rng) for how in KNOCK_OUTS})
+            states.update({how: ablate_memory(self.model, state, how, rng) for how in ABLATIONS})
         right = {how: (self.answers(part["token_ids"], s) == part["keys"]).all(1) for how, s in states.items()}
         return {
             "filler_tokens": total - task.template_tokens,

@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
-from keras_fam.carried import CarriedState
+from keras_fam.training.stateful import StatefulTrainer
 
 
-class ReadingOn(CarriedState):
+class ReadingOn(StatefulTrainer):
     """Trains a language model with carried state: rows go on where the last step left them.
 
     The loss is that of the question, which is asked on the side: the text goes on as if it had not been.
@@ -14,6 +14,6 @@ class ReadingOn(CarriedState):
 
     def call(self, inputs, training=None):
         _, state = self.read({"token_ids": inputs["chunk"], "reset": inputs["first"]}, training)
-        self.hold(keras.tree.map_structure(ops.stop_gradient, state))
+        self.assign_state(keras.tree.map_structure(ops.stop_gradient, state))
         logits, _ = self.wrapped.advance(inputs["question"], state, aligned=True, training=training)
         return logits

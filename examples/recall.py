@@ -58,7 +58,7 @@ import numpy as np  # noqa: E402
 
 import keras_fam  # noqa: E402
 from keras_fam.data import AssociativeRecall  # noqa: E402
-from keras_fam.evaluation import KNOCK_OUTS, StreamScorer, summary  # noqa: E402
+from keras_fam.evaluation import ABLATIONS, StreamScorer, summary  # noqa: E402
 
 
 def make_task(name, pairs, **settings):
@@ -180,7 +180,7 @@ def main():
                 run["steps_at_which_pairs_came_in"] = grown
                 run |= {"pairs": TASKS[task][2], "trained_pairs": TASKS[task][1], "exact": exact(model, task, seed)}
                 if model.backbone.fam_length:
-                    run["knock_outs"] = {how: exact(model, task, seed, how) for how in KNOCK_OUTS}
+                    run["ablations"] = {how: exact(model, task, seed, how) for how in ABLATIONS}
                 if path.exists():  # another call may have added to it
                     found["runs"] = json.loads(path.read_text())["runs"]
                 found["runs"][key] = run

@@ -23,8 +23,8 @@ import keras
 import numpy as np
 
 import keras_fam
-from keras_fam import sessions
 from keras_fam.state import named_leaves
+from keras_fam.streaming import session
 
 
 def build(width, seed=0, **changes):
@@ -55,7 +55,7 @@ def save_for_ever(path, model, pair, ready):
     """A child process: saves both sessions in turns until it is killed."""
     count = 0
     while True:
-        sessions.save(path, model, *pair[count % 2])
+        session.save(path, model, *pair[count % 2])
         count += 1
         os.write(ready, b".")
 
@@ -63,11 +63,11 @@ def save_for_ever(path, model, pair, ready):
 def kill_writers(path, model, pair, kills, rng):
     """How `kills` killed writers left the file; raises if it is not one of the two sessions."""
     known = [contents(*session) for session in pair]
-    sessions.save(path, model, *pair[0])
+    session.save(path, model, *pair[0])
     left, saves, partial = collections.Counter(), 0, 0
     start = time.perf_counter()
     for _ in range(20):
-        sessions.save(path, model, *pair[0])
+        session.save(path, model, *pair[0])
     one_save = (time.perf_counter() - start) / 20
     for _ in range(kills):
         reading, ready = os.pipe()
@@ -88,7 +88,7 @@ def kill_writers(path, model, pair, kills, rng):
         while done := os.read(reading, 4096):
             saves += len(done)
         os.close(reading)
-        found = contents(*sessions.load(path, model))
+        found = contents(*session.load(path, model))
         if found not in known:
             raise AssertionError("The file is neither of the two sessions.")
         left["AB"[known.index(found)]] += 1
@@ -96,7 +96,7 @@ def kill_writers(path, model, pair, kills, rng):
         if names not in ([path.name], [f".{path.name}.partial", path.name]):
             raise AssertionError(f"The folder holds {names}.")
         partial += len(names) == 2
-    sessions.save(path, model, *pair[0])
+    session.save(path, model, *pair[0])
     if os.listdir(path.parent) != [path.name]:
         raise AssertionError("A killed writer's partial file was not taken over.")
     return {
@@ -168,7 +168,7 @@ def damage_files(path, model, foreign, mutations, rng):
         done += 1
         path.write_bytes(changed)
         try:
-            sessions.load(path, model)
+            session.load(path, model)
         except ValueError:
             refused[kind] += 1
         except Exception:
@@ -176,7 +176,7 @@ def damage_files(path, model, foreign, mutations, rng):
         else:
             accepted[kind] += 1
     path.write_bytes(data)
-    sessions.load(path, model)
+    session.load(path, model)
     return {"mutations": done, "refused": dict(refused), "accepted": dict(accepted), "other_errors": dict(crashed)}
 
 
@@ -201,18 +201,18 @@ def main():
     pair = two_sessions(model, args.rows, rng)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "session.safetensors"
-        sessions.save(path, model, *pair[0])
+        session.save(path, model, *pair[0])
         size, foreign = path.stat().st_size, []
         others = ({"seed": args.seed + 1}, {"num_layers": 1}, {"block_size": 32}, {"fam_length": 0},
                   {"rope_wavelength": 5e5}, {"fam_feedback": "normalized"}, {"vocabulary_size": 65})  # fmt: skip
         for changes in others:
             other = build(args.width, **{"seed": args.seed, **changes})
-            sessions.save(path, other, other.get_initial_state(args.rows))
+            session.save(path, other, other.get_initial_state(args.rows))
             foreign.append(path.read_bytes())
         started = time.perf_counter()
         killed = kill_writers(path, model, pair, args.kills, rng) if args.kills else None
         between = time.perf_counter()
-        sessions.save(path, model, *pair[0])
+        session.save(path, model, *pair[0])
         damaged = damage_files(path, model, foreign, args.mutations, rng)
         ended = time.perf_counter()
     report = {

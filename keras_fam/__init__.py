@@ -1,23 +1,23 @@
 """TransformerFAM for Keras 3: feedback attention as working memory (arXiv 2404.09173), on three backends."""
 
 from keras_fam import data, hub, training
-from keras_fam.checks import check_streaming
-from keras_fam.evaluation import MemoryMonitor, StreamScorer, evaluate, knock_out, memory_statistics
+from keras_fam.distribution.layout_map import layout_map
+from keras_fam.evaluation import MemoryMonitor, StreamScorer, ablate_memory, evaluate, memory_statistics
 from keras_fam.export import export_serving
-from keras_fam.layers.attention import FeedbackAttention
-from keras_fam.layers.block import TransformerFAMBlock
-from keras_fam.layers.random_state_passing import Ramp, RandomStatePassing
-from keras_fam.models.backbone import TransformerFAMBackbone
-from keras_fam.models.causal_lm import TransformerFAMCausalLM
-from keras_fam.models.layout import layout_map
-from keras_fam.models.presets import preset
-from keras_fam.noise import NoiseRamp, NoiseScale
-from keras_fam.state import Cursor, LayerState, StreamState
-from keras_fam.streaming import StreamingModel
+from keras_fam.layers.feedback_attention import FeedbackAttention
+from keras_fam.layers.random_state_passing import RandomStatePassing
+from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
+from keras_fam.models.configs import model_config
+from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
+from keras_fam.models.transformer_fam_causal_lm import TransformerFAMCausalLM
+from keras_fam.state import LayerState, StreamPosition, StreamState
+from keras_fam.streaming.streaming_model import StreamingModel
+from keras_fam.testing import check_streaming
+from keras_fam.training.noise import NoiseRamp, NoiseScale
+from keras_fam.training.schedules import Ramp
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cursor",
     "FeedbackAttention",
     "LayerState",
     "MemoryMonitor",
@@ -25,20 +25,21 @@ __all__ = [
     "NoiseScale",
     "Ramp",
     "RandomStatePassing",
+    "StreamPosition",
     "StreamScorer",
     "StreamState",
     "StreamingModel",
     "TransformerFAMBackbone",
     "TransformerFAMBlock",
     "TransformerFAMCausalLM",
+    "ablate_memory",
     "check_streaming",
     "data",
     "evaluate",
     "export_serving",
     "hub",
-    "knock_out",
     "layout_map",
     "memory_statistics",
-    "preset",
+    "model_config",
     "training",
 ]

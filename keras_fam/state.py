@@ -6,7 +6,7 @@ K key/value heads, H head width, D model width (see the glossary in the README).
 The state has one size for ever. Slot `s` of a layer's key and value buffers belongs to one place: the first m·S
 slots are the m previous blocks, oldest first, and the last S slots are the block being filled. Keys are stored
 rotated by their place *inside their own block*, so a stored key is never touched again and no absolute position
-exists; which slots are filled follows from the cursor alone.
+exists; which slots are filled follows from the position alone.
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from keras import ops
 from keras_fam.ops.backend import is_eager
 
 
-class Cursor(NamedTuple):
-    """Where each row stands. One cursor serves all layers of a model.
+class StreamPosition(NamedTuple):
+    """Where each row stands. One position serves all layers of a model.
 
     Attributes:
         offset: int32 `[B]`, tokens in the unfinished block, 0 … S−1.
@@ -62,9 +62,9 @@ class LayerState(NamedTuple):
 
 
 class StreamState(NamedTuple):
-    """The state of B streams: one `Cursor` and a tuple with one `LayerState` per layer."""
+    """The state of B streams: one `StreamPosition` and a tuple with one `LayerState` per layer."""
 
-    cursor: Cursor
+    position: StreamPosition
     layers: tuple
 
 
@@ -89,9 +89,9 @@ def map_specs(function, spec):
     raise TypeError(f"A state spec consists of tuples and Spec; received {type(spec).__name__}.")
 
 
-def cursor_spec(batch_size):
-    """`Cursor` of `Spec`s for `batch_size` rows."""
-    return Cursor(
+def position_spec(batch_size):
+    """`StreamPosition` of `Spec`s for `batch_size` rows."""
+    return StreamPosition(
         Spec((batch_size,), "int32"),
         Spec((batch_size,), "int32"),
         Spec((batch_size,), "bool"),
@@ -100,9 +100,9 @@ def cursor_spec(batch_size):
     )
 
 
-def initial_cursor(batch_size, visible_memories):
-    """The cursor of rows that start anew; `visible_memories` is 1 if there is an F_0 to read, else 0."""
-    return Cursor(
+def initial_position(batch_size, visible_memories):
+    """The position of rows that start anew; `visible_memories` is 1 if there is an F_0 to read, else 0."""
+    return StreamPosition(
         offset=ops.zeros((batch_size,), "int32"),
         block_index=ops.zeros((batch_size,), "int32"),
         fresh=ops.ones((batch_size,), "bool"),
@@ -111,28 +111,28 @@ def initial_cursor(batch_size, visible_memories):
     )
 
 
-def advance_cursor(cursor, lengths, block_size, max_visible_memories):
-    """The cursor after `lengths` more tokens.
+def advance_position(position, lengths, block_size, max_visible_memories):
+    """The position after `lengths` more tokens.
 
     Args:
-        cursor: `Cursor`.
+        position: `StreamPosition`.
         lengths: int or int32 `[B]`, how many tokens each row takes in.
         block_size: S.
         max_visible_memories: P, or 0 where there is no memory.
 
     Returns:
-        `(cursor, completed)`; `completed` is int32 `[B]`, the blocks that were filled.
+        `(position, completed)`; `completed` is int32 `[B]`, the blocks that were filled.
     """
-    total = cursor.offset + lengths
+    total = position.offset + lengths
     completed = ops.floor_divide(total, block_size)
-    cursor = Cursor(
+    position = StreamPosition(
         offset=total - completed * block_size,
-        block_index=cursor.block_index + completed,
-        fresh=ops.logical_and(cursor.fresh, completed == 0),
-        visible_memories=ops.minimum(cursor.visible_memories + completed, max_visible_memories),
-        position_offset=ops.broadcast_to(cursor.position_offset, ops.shape(total)),
+        block_index=position.block_index + completed,
+        fresh=ops.logical_and(position.fresh, completed == 0),
+        visible_memories=ops.minimum(position.visible_memories + completed, max_visible_memories),
+        position_offset=ops.broadcast_to(position.position_offset, ops.shape(total)),
     )
-    return cursor, completed
+    return position, completed
 
 
 def where_rows(mask, new, old):
@@ -144,11 +144,11 @@ def where_rows(mask, new, old):
     return keras.tree.map_structure(choose, new, old)
 
 
-def broadcast_cursor(cursor, batch_size):
-    """The cursor of one row, repeated for `batch_size` rows; a cursor that has its rows already stays as it is."""
-    if cursor.offset.shape[0] != 1:
-        return cursor
-    return Cursor(*(ops.broadcast_to(field, (batch_size,)) for field in cursor))
+def broadcast_position(position, batch_size):
+    """The position of one row, repeated for `batch_size` rows; a position that has its rows already stays as it is."""
+    if position.offset.shape[0] != 1:
+        return position
+    return StreamPosition(*(ops.broadcast_to(field, (batch_size,)) for field in position))
 
 
 def select_rows(state, rows):
@@ -181,7 +181,7 @@ def check_structure(state, spec, owner):
             f"The state of {owner} has {len(spec.layers)} layer(s); received one with {len(state.layers)}. It was "
             "made by another model: take one from this model's `get_initial_state(batch_size)`."
         )
-    groups = [("cursor", state.cursor, spec.cursor)]
+    groups = [("position", state.position, spec.position)]
     groups += [(f"layers[{i}]", a, b) for i, (a, b) in enumerate(zip(state.layers, spec.layers, strict=True))]
     for name, part, expected in groups:
         if type(part) is not type(expected):

@@ -38,8 +38,8 @@ def test_lowers_for_tpu(benchmark, what):
     parallel = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     with parallel.scope():
         lowered, parameters = tpu.lower(program, parallel)
-    settings = keras_fam.preset(program.model, **program.changes)
-    assert parameters == keras_fam.models.presets.count_weights(settings)
+    settings = keras_fam.model_config(program.model, **program.changes)
+    assert parameters == keras_fam.models.configs.count_weights(settings)
     tpu.check(lowered.as_text())
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import keras_fam
 from keras_fam.ops.backend import compiled, programs_of
-from keras_fam.streaming import OFTEN
+from keras_fam.streaming.streaming_model import COMPILE_RESET_AFTER
 
 BACKEND = keras.backend.backend()
 IDS = np.random.default_rng(0).integers(0, 11, (2, 14)).astype("int32")  # blocks of 4: the last one is not full
@@ -94,8 +94,8 @@ def test_streams_that_often_start_anew():
     """Their state comes from a compiled program then: the same one, of the weights that there are, for any rows."""
     lm = model()
     stream, ids = keras_fam.StreamingModel(lm, batch_size=2), IDS[:, :1]
-    for i in range(OFTEN + 2):
-        if i == OFTEN + 1:
+    for i in range(COMPILE_RESET_AFTER + 2):
+        if i == COMPILE_RESET_AFTER + 1:
             for variable in lm.trainable_variables:
                 variable.assign(variable.value * 1.5 + 0.01)
             stream.reset_state()

@@ -8,7 +8,7 @@ from support import HIDDEN_DIM, SMALL, VARIANTS, make
 
 import keras_fam
 from keras_fam import FeedbackAttention, TransformerFAMBackbone, TransformerFAMBlock, TransformerFAMCausalLM
-from keras_fam.ops import visibility
+from keras_fam.ops import masks
 
 CONTRACTS = {"chunks", "state_size", "future", "rows", "padding", "padding_removed", "lengths", "reset", "gradients"}
 JAX = keras.backend.backend() == "jax"
@@ -110,7 +110,7 @@ class ForgetsItsMemory(TransformerFAMBlock):
 class ForgetsWhereItStands(TransformerFAMBlock):
     def _advance(self, x, state, **options):
         y, after = super()._advance(x, state, **options)
-        return y, after and after._replace(cursor=state.cursor)
+        return y, after and after._replace(position=state.position)
 
 
 @wrong("rows")
@@ -151,13 +151,13 @@ def test_wrong_blocks_are_found(name):
 def test_a_wrong_mask_is_found(monkeypatch):
     """Attention to one token too many, in whole blocks and in single tokens alike."""
     settings, tokens = small("fam")
-    token_window = visibility.token_window
+    token_window = masks.token_window
 
     def shifted(*args, **options):
         mask = token_window(*args, **options)
         return mask | np.roll(mask, 1, axis=1)
 
-    monkeypatch.setattr(visibility, "token_window", shifted)
+    monkeypatch.setattr(masks, "token_window", shifted)
     with pytest.raises(AssertionError, match=r"`(chunks|future)`"):
         keras_fam.check_streaming(make(**settings)[0], tokens=tokens)
 

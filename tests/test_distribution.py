@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import keras_fam
-from keras_fam.models.layout import WEIGHTS
-from keras_fam.models.presets import weight_shapes
-from keras_fam.sharding import fitted, state_layout
+from keras_fam.distribution.layout_map import WEIGHTS
+from keras_fam.distribution.state_sharding import fitted, state_layout
+from keras_fam.models.configs import weight_shapes
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SCRIPTS = {"jax": "jax_distribution.py", "torch": "torch_ddp.py", "tensorflow": "tf_mirrored.py"}

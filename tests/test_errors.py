@@ -11,7 +11,7 @@ from support import HIDDEN_DIM, SMALL, SPLIT, close, make, states_close
 import keras_fam
 from keras_fam import FeedbackAttention, TransformerFAMBackbone, TransformerFAMBlock, TransformerFAMCausalLM
 from keras_fam.layers.random_state_passing import RandomStatePassing
-from keras_fam.models.presets import preset
+from keras_fam.models.configs import model_config
 
 ATTENTION_ONLY = {name: value for name, value in SMALL.items() if name != "intermediate_dim"}
 MODEL = {"vocabulary_size": 11, "num_layers": 2, "hidden_dim": HIDDEN_DIM, **SMALL}
@@ -104,7 +104,7 @@ def test_unknown_settings():
     with raises("block_sise", error=(TypeError, ValueError)):
         TransformerFAMBlock(**SMALL, block_sise=8)
     with raises("Presets are", "paper_1b", "received 'huge'"):
-        preset("huge")
+        model_config("huge")
     with raises("`rate` is a probability from 0 to 1", "received -0.5"):
         RandomStatePassing(-0.5, num_layers=1, fam_length=1)
 
@@ -172,19 +172,22 @@ def test_padding_mask(held, unchanged, mask, shape):
 WRONG_STATE = {
     "no state": (lambda s: ops.zeros((2, 4)), ["is a keras_fam.StreamState", "get_initial_state"]),
     "a list": (lambda s: list(s), ["is a keras_fam.StreamState", "received list"]),
-    "no cursor": (lambda s: s._replace(cursor=s.layers[0]), ["`cursor`", "is a Cursor", "received LayerState"]),
+    "no position": (
+        lambda s: s._replace(position=s.layers[0]),
+        ["`position`", "is a StreamPosition", "received LayerState"],
+    ),
     "no layer": (lambda s: s._replace(layers=((),)), ["`layers[0]`", "is a LayerState", "received tuple"]),
     "layers in a list": (lambda s: s._replace(layers=list(s.layers)), ["StreamState"]),
     "two layers": (lambda s: s._replace(layers=s.layers * 2), ["has 1 layer(s)", "one with 2", "another model"]),
-    "other rows": (lambda s: other_state(3), ["cursor.offset", "shape (2,)", "received (3,)", "number of rows"]),
+    "other rows": (lambda s: other_state(3), ["position.offset", "shape (2,)", "received (3,)", "number of rows"]),
     "other S": (lambda s: other_state(block_size=3), ["layers[0].key", "(2, 8, 2, 4)", "received (2, 6, 2, 4)"]),
     "other m": (lambda s: other_state(memory_segments=2), ["layers[0].key", "received (2, 12, 2, 4)"]),
     "other F": (lambda s: other_state(fam_length=2), ["layers[0].fam", "(2, 3, 12)", "received (2, 2, 12)"]),
     "no memory": (lambda s: other_state(fam_length=0), ["layers[0].fam", "received tuple", "other settings"]),
     "static": (lambda s: other_state(fam_query="static"), ["layers[0].static_fam", "is empty", "other settings"]),
     "dtype": (
-        lambda s: s._replace(cursor=s.cursor._replace(offset=ops.cast(s.cursor.offset, "float32"))),
-        ["cursor.offset", "dtype int32", "received float32", "Cast it"],
+        lambda s: s._replace(position=s.position._replace(offset=ops.cast(s.position.offset, "float32"))),
+        ["position.offset", "dtype int32", "received float32", "Cast it"],
     ),
 }
 
@@ -202,8 +205,8 @@ def test_state(held, unchanged, case):
 def test_state_with_a_number_in_it(held):
     """`call` leaves this one to Keras, which takes no tuples of tensors and numbers."""
     state = held.get_initial_state(2)
-    with raises("cursor.offset", "received int"):
-        held.advance(data(), state._replace(cursor=state.cursor._replace(offset=0)))
+    with raises("position.offset", "received int"):
+        held.advance(data(), state._replace(position=state.position._replace(offset=0)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -272,7 +275,7 @@ def test_model_input(model):
 def test_model_state(model):
     with raises("is a keras_fam.StreamState", "received tuple"):
         model(ids(2, 5), initial_state=())
-    with raises("cursor.offset", "(2,)", "received (3,)"):
+    with raises("position.offset", "(2,)", "received (3,)"):
         model.advance(ids(2, 5), model.get_initial_state(3))
     with raises("has 2 layer(s)", "one with 1", "another model"):
         model.advance(ids(2, 5), other_state())

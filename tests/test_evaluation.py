@@ -9,9 +9,9 @@ from keras import ops
 from support import TINY_VOCABULARY, close, numpy, quick_compile, tiny
 
 import keras_fam
-from keras_fam.evaluation import KNOCK_OUTS, StreamScorer
-from keras_fam.evaluation.knock_outs import derangement
-from keras_fam.evaluation.memory import effective_rank
+from keras_fam.evaluation import ABLATIONS, StreamScorer
+from keras_fam.evaluation.ablation import derangement
+from keras_fam.evaluation.memory_monitor import effective_rank
 from keras_fam.evaluation.scorer import pieces
 from keras_fam.ops.backend import compiled
 
@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_whole(lm, whole):
     close(scorer.score([TOKENS[:, :1], TOKENS[:, 1:14], TOKENS[:, 14:]]), expected, 1e-5)
 
 
-@pytest.mark.parametrize("how", KNOCK_OUTS)
+@pytest.mark.parametrize("how", ABLATIONS)
 def test_knock_outs_happen_after_every_block(lm, how):
     """One compiled program against reading block by block and spoiling by hand."""
     scorer = StreamScorer(lm, how, boundaries=EDGES, blocks_per_step=2, seed=5)
@@ -67,7 +67,7 @@ def test_knock_outs_happen_after_every_block(lm, how):
     for first in range(0, 32, S):
         y, state = advance(padded[:, first : first + S], state)
         logits.append(numpy(y))
-        state = keras_fam.knock_out(lm, state, how, rng)
+        state = keras_fam.ablate_memory(lm, state, how, rng)
     close(scorer.score(TOKENS), expected_sums(np.concatenate(logits, axis=1)[:, :30]), 1e-5)
 
 
@@ -75,8 +75,8 @@ def test_knock_out(lm):
     advance = compiled(lambda x, state: lm.advance(x, state, aligned=True), lambda: lm.variables)
     _, state = advance(TOKENS[:, :S], lm.get_initial_state(3))
     fresh = lm.get_initial_state(3)
-    for how in KNOCK_OUTS:
-        spoilt = keras_fam.knock_out(lm, state, how)
+    for how in ABLATIONS:
+        spoilt = keras_fam.ablate_memory(lm, state, how)
         for before, after, start in zip(state.layers, spoilt.layers, fresh.layers, strict=True):
             np.testing.assert_array_equal(numpy(after.key), numpy(before.key))
             for name in ("fam", "fam_key", "fam_value"):
@@ -89,7 +89,7 @@ def test_knock_out(lm):
                 else:
                     np.testing.assert_array_equal(new, 0 * old if how == "zeroed" else numpy(getattr(start, name)))
     with pytest.raises(ValueError, match="one of the ways"):
-        keras_fam.knock_out(lm, state, "deleted")
+        keras_fam.ablate_memory(lm, state, "deleted")
 
 
 def test_frozen_is_refused_where_it_would_be_zeroed():
@@ -98,7 +98,7 @@ def test_frozen_is_refused_where_it_would_be_zeroed():
     state = lm.get_initial_state(2)
     assert all(not numpy(layer.fam).any() for layer in state.layers)
     with pytest.raises(ValueError, match=r"the same as 'zeroed'.*received 'frozen'"):
-        keras_fam.knock_out(lm, state, "frozen")
+        keras_fam.ablate_memory(lm, state, "frozen")
     with pytest.raises(ValueError, match="the same as 'zeroed'"):
         StreamScorer(lm, "frozen")
     report = keras_fam.evaluate(lm, TOKENS[:2], boundaries=EDGES)
@@ -133,7 +133,7 @@ def test_evaluate(lm, whole):
     bswa = [tiny(seed=s, fam_length=0) for s in (1, 2)]
     size = np.full(V, 2)
     report = keras_fam.evaluate(
-        {"FAM": lm, "BSWA": bswa}, TOKENS, knock_outs=["zeroed"], boundaries=EDGES, bytes_per_token=size
+        {"FAM": lm, "BSWA": bswa}, TOKENS, ablations=["zeroed"], boundaries=EDGES, bytes_per_token=size
     )
     assert json.loads(json.dumps(report)) == report
     assert list(report["systems"]) == ["FAM", "FAM, memory zeroed", "BSWA"]

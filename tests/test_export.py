@@ -97,7 +97,7 @@ def test_signatures_are_flat_and_named(served, folder):
     assert set(served.signatures) == STATELESS | SESSIONS
     assert (folder.name, (folder / "saved_model.pb").exists()) == ("1", True)
     state = {name for name in served.signatures["init_state"].structured_outputs}
-    assert {"state_cursor_offset", "state_layers_1_value", "state_layers_0_fam", "state_logits"} <= state
+    assert {"state_position_offset", "state_layers_1_value", "state_layers_0_fam", "state_logits"} <= state
     assert state == set(state_of(served.signatures["step"].structured_outputs))
     assert state <= set(served.signatures["generate"].structured_input_signature[1])
 
@@ -148,7 +148,7 @@ def test_steps_of_rows_with_lengths_of_their_own(served, tokens, whole):
             support.close(results["logits"][row, :n], whole[row, place[row] : place[row] + n], 1e-5)
             assert not results["logits"][row, n:].any()
         place += lengths
-    assert (state["state_cursor_block_index"] * 4 + state["state_cursor_offset"] == place).all()
+    assert (state["state_position_block_index"] * 4 + state["state_position_offset"] == place).all()
 
 
 def test_checks_of_stateless_calls(served, tokens):
@@ -489,7 +489,7 @@ def test_what_does_not_fit_is_refused(lm, folder, monkeypatch):
 
 
 def test_a_version_appears_whole_or_not_at_all(tmp_path):
-    from keras_fam.export.folder import check_version, written_whole
+    from keras_fam.export.saved_model.folder import check_version, written_whole
 
     folder = check_version(tmp_path, 3, overwrite=False)
     with pytest.raises(RuntimeError), written_whole(folder) as new:
@@ -523,13 +523,13 @@ def test_a_failing_second_process_says_why(lm, tmp_path, monkeypatch):
 def test_words_keep_every_bit():
     import tensorflow as tf
 
-    from keras_fam.export.words import Words
+    from keras_fam.export.saved_model.float32_packing import PackedTensor
 
     rng = np.random.default_rng(0)
     for dtype in ("float32", "int32", "bool", "float16", "bfloat16", "float64"):
         for shape in ((), (3,), (2, 3), (5, 1)):
             x = tf.cast(rng.normal(size=(4, *shape)) * 100, dtype)
-            words = Words(shape, dtype)
+            words = PackedTensor(shape, dtype)
             encoded = tf.function(words.encode)(x)
             assert encoded.shape == (4, words.count) and encoded.dtype == tf.float32
             decoded = words.decode(encoded)

@@ -10,11 +10,11 @@ import pytest
 import support
 
 import keras_fam
-from keras_fam.export import formats
-from keras_fam.export.formats import export_step
+from keras_fam.export.step import stream_step
+from keras_fam.export.step.stream_step import export_step
 
 BACKEND = keras.backend.backend()
-FORMATS = [name for name, (_, backends) in formats.FORMATS.items() if BACKEND in backends]
+FORMATS = [name for name, (_, backends) in stream_step.FORMATS.items() if BACKEND in backends]
 V, ROWS, TOTAL, S = 31, 3, 13, support.SMALL["block_size"]
 WRITES = {"onnx": ["onnxruntime", *{"jax": ["jax2onnx"], "torch": ["onnxscript"]}.get(BACKEND, [])]}
 # 13 tokens, three block borders; steps of 1 and of S in an order in which those of S start anywhere.
@@ -90,7 +90,7 @@ def tokens():
 
 
 def suffix(format):
-    return formats.FORMATS[format][0]
+    return stream_step.FORMATS[format][0]
 
 
 def read_elsewhere(folder, format, rows, tokens):
@@ -116,7 +116,7 @@ def test_a_process_without_keras_reads_the_stream(format, lm, tokens, tmp_path):
     assert known["inputs"]["token_ids"] == {"shape": [batch_size, 1], "dtype": "int32"}
     assert known["outputs"]["logits"] == {"shape": [batch_size, 1, V], "dtype": "float32"}
     assert known["state"]["next_state_layers_0_key"] == "state_layers_0_key"
-    assert known["outputs"]["next_state_cursor_fresh"] == {"shape": [batch_size], "dtype": "bool"}
+    assert known["outputs"]["next_state_position_fresh"] == {"shape": [batch_size], "dtype": "bool"}
     first = np.load(tmp_path / "step1.state.npz")
     assert list(first) == list(known["inputs"])[1:] == list(known["state"].values())
     assert {x.shape[0] for x in first.values()} == {1}
@@ -129,19 +129,19 @@ def test_a_step_that_forgets_is_not_kept(lm, tmp_path, monkeypatch):
     format = FORMATS[-1]
     for package in WRITES.get(format, []):
         pytest.importorskip(package)
-    written = formats.step_files.load
+    written = stream_step.step_files.load
 
     def forgetful(format, path):
         run = written(format, path)
         return lambda inputs: {**run(inputs), "next_state_layers_0_fam": inputs["state_layers_0_fam"]}
 
-    monkeypatch.setattr(formats.step_files, "load", forgetful)
+    monkeypatch.setattr(stream_step.step_files, "load", forgetful)
     with pytest.raises(RuntimeError, match="next_state_layers_0_fam"):
         export_step(lm, tmp_path / f"step{suffix(format)}", format, batch_size=1)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", sorted(set(formats.FORMATS) - set(FORMATS)))
+@pytest.mark.parametrize("format", sorted(set(stream_step.FORMATS) - set(FORMATS)))
 def test_other_backends_are_refused_with_the_remedy(format, lm, tmp_path):
     with pytest.raises(ValueError, match=r"model\.save\('model\.keras'\)` and export it .* KERAS_BACKEND="):
         export_step(lm, tmp_path / f"step{suffix(format)}", format, batch_size=1)

@@ -9,9 +9,9 @@ import support
 from keras import ops
 
 import keras_fam
-from keras_fam.completion import generate_from
-from keras_fam.generation import generate, generate_stream
+from keras_fam.models.generation import generate_from
 from keras_fam.ops.backend import compiled
+from keras_fam.streaming.generation import generate, generate_stream
 
 samplers = pytest.importorskip("keras_hub").samplers
 

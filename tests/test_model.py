@@ -12,7 +12,7 @@ from keras import ops
 from support import ORACLE, close, gradients, numpy, relative, states_close
 
 import keras_fam
-from keras_fam.models.presets import PRESETS, count_weights, weight_shapes
+from keras_fam.models.configs import MODEL_CONFIGS, count_weights, weight_shapes
 
 V, L, D = 11, 3, 16
 SETTINGS = {"vocabulary_size": V, "num_layers": L, "hidden_dim": D, "num_query_heads": 4, "num_key_value_heads": 2,
@@ -149,7 +149,7 @@ def test_random_position_offset_cancels_unless_positions_are_absolute(fam_positi
     offset = ops.full((1,), 37.25, "float32")
     layer = block.initial_layer_state(1, ops.convert_to_tensor(fam0[None], "float32"), start=offset)
     state = block.get_initial_state(1)
-    state = state._replace(cursor=state.cursor._replace(position_offset=offset), layers=(layer,))
+    state = state._replace(position=state.position._replace(position_offset=offset), layers=(layer,))
     close(block.advance(x, state)[0], shifted, ORACLE["float32"])
 
 
@@ -164,7 +164,7 @@ def test_random_position_offset_cancels_unless_positions_are_absolute(fam_positi
     ],
 )
 def test_weight_shapes_are_those_of_a_built_model(changes):
-    settings = keras_fam.preset("tiny", vocabulary_size=50, **changes)
+    settings = keras_fam.model_config("tiny", vocabulary_size=50, **changes)
     backbone = keras_fam.TransformerFAMBackbone(**settings)
     backbone.build()
     built = sorted(tuple(v.shape) for v in backbone.trainable_variables)
@@ -174,8 +174,8 @@ def test_weight_shapes_are_those_of_a_built_model(changes):
 
 @pytest.mark.parametrize(("name", "billions"), [("paper_1b", 1.24), ("paper_8b", 7.49), ("paper_24b", 18.0)])
 def test_paper_sizes_need_no_memory(name, billions):
-    assert count_weights(PRESETS[name]) / 1e9 == pytest.approx(billions, rel=0.01)
-    backbone = keras_fam.TransformerFAMBackbone(**keras_fam.preset(name))
+    assert count_weights(MODEL_CONFIGS[name]) / 1e9 == pytest.approx(billions, rel=0.01)
+    backbone = keras_fam.TransformerFAMBackbone(**keras_fam.model_config(name))
     assert not backbone.built and not backbone.variables[1:]
     assert backbone.compute_output_spec(keras.KerasTensor((2, 5), "int32")).shape == (2, 5, backbone.hidden_dim)
 

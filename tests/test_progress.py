@@ -9,9 +9,9 @@ from keras import ops
 from support import close, numpy
 
 import keras_fam
-from keras_fam.carried import chunks_of
 from keras_fam.data import AssociativeRecall, DocumentRows, TaskBatches
-from keras_fam.training import Curriculum, FollowDataset, SaveProgress
+from keras_fam.training import Curriculum, DatasetPosition, SaveProgress
+from keras_fam.training.stateful import chunks_of
 
 V, S, B, STEPS = 11, 4, 2, 5
 
@@ -188,7 +188,7 @@ def test_growing_batches_in_fit():
             shapes.append((batches.position, batches[0][0].shape[1]))
 
     data = batches.to_tf_dataset(fixed_length=False)
-    lm.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[grow, FollowDataset(batches), Watch()])
+    lm.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[grow, DatasetPosition(batches), Watch()])
     assert shapes == [(0, 16), (2, 24)] and batches.position == 4
 
 

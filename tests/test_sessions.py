@@ -21,8 +21,9 @@ from keras import ops
 from support import close, numpy
 
 import keras_fam
-from keras_fam import session_file, sessions
 from keras_fam.state import StreamState, check_finite, check_structure, map_specs, named_leaves
+from keras_fam.streaming import session
+from keras_fam.utils import safetensors_file
 
 HERE = pathlib.Path(__file__).parent
 V = 11
@@ -50,9 +51,9 @@ def random_state(model, rows=2, seed=0):
 
     state = map_specs(draw, model.state_spec(rows))
     most = 0 if isinstance(state.layers[0].fam, tuple) else 1
-    visible = ops.convert_to_tensor(np.minimum(numpy(state.cursor.visible_memories), most))
+    visible = ops.convert_to_tensor(np.minimum(numpy(state.position.visible_memories), most))
     blocks = ops.convert_to_tensor(np.array([2**20 + 7, 0] * rows)[:rows].astype("int32"))
-    return state._replace(cursor=state.cursor._replace(visible_memories=visible, block_index=blocks))
+    return state._replace(position=state.position._replace(visible_memories=visible, block_index=blocks))
 
 
 def same_bits(actual, expected):
@@ -74,7 +75,7 @@ def saved(base, tmp_path):
     """`(path, model, state)` of a session of two rows; all tests share the model."""
     model = base
     state, path = random_state(model), tmp_path / "session.safetensors"
-    sessions.save(path, model, state, {"position": np.array([4194333, 1]), "next_logits": np.ones((2, V), "float32")})
+    session.save(path, model, state, {"position": np.array([4194333, 1]), "next_logits": np.ones((2, V), "float32")})
     return path, model, state
 
 
@@ -108,8 +109,8 @@ def test_every_shape_of_state_comes_back_bit_for_bit(tmp_path):
     for variant in shapes.values():
         block, *_ = support.make(variant)
         state = random_state(block)
-        sessions.save(path, block, state)
-        again, extras = sessions.load(path, block)
+        session.save(path, block, state)
+        again, extras = session.load(path, block)
         assert isinstance(again, StreamState) and extras == {}
         assert same_bits(again, state) >= 7, variant
         check_structure(again, block.state_spec(2), variant)
@@ -123,13 +124,13 @@ def test_continuing_is_never_having_stopped(case, tmp_path):
     chunk = np.random.default_rng(1).normal(size=(2, 4, support.HIDDEN_DIM)).astype("float32")
     stream = keras_fam.StreamingModel(model, 2)
     stream.predict(chunk, lengths=[4, 3])
-    sessions.save(path, model, stream.state, {"position": stream.position})
-    described = sessions.describe(path)
+    session.save(path, model, stream.state, {"position": stream.position})
+    described = session.describe(path)
     assert described["position"] == [4, 3] and described["phase"] == [0, 3]
     assert described["tensors"]["layers[0].key"][0] == ("BF16" if case == "bfloat16" else "F32")
     before = stream.state
     expected, last = stream.predict(chunk[::-1], lengths=[2, 4]), stream.state
-    state, extras = sessions.load(path, model)
+    state, extras = session.load(path, model)
     same_bits(state, before)
     assert extras["position"].dtype == "int64" and extras["position"].tolist() == [4, 3]
     stream.set_state(state)
@@ -161,19 +162,21 @@ def test_streams_are_saved_and_loaded_by_row(tmp_path):
 def test_half_precision_is_stored_as_such(tmp_path):
     model, path = make(dtype="mixed_bfloat16", num_layers=1), tmp_path / "session.safetensors"
     state = random_state(model)
-    sessions.save(path, model, state)
-    tensors = sessions.describe(path)["tensors"]
+    session.save(path, model, state)
+    tensors = session.describe(path)["tensors"]
     assert tensors["layers[0].key"] == ("BF16", (2, 8, 2, 4)) and tensors["layers[0].fam"] == ("F32", (2, 3, 16))
-    same_bits(sessions.load(path, model)[0], state)
+    same_bits(session.load(path, model)[0], state)
 
 
 def test_extras_of_all_dtypes(saved):
     path, model, state = saved
-    extras = {name: np.arange(6).reshape(2, 3).astype(name) for name in session_file.DTYPES.values() if name[0] != "b"}
+    extras = {
+        name: np.arange(6).reshape(2, 3).astype(name) for name in safetensors_file.DTYPES.values() if name[0] != "b"
+    }
     extras |= {"bool": np.array([[True], [False]]), "empty": np.zeros((0, 3), "float32"), "scalar": np.array(7)}
     extras["not contiguous"] = np.arange(12.0).reshape(3, 4).T[::2]
-    sessions.save(path, model, state, extras)
-    _, again = sessions.load(path, model)
+    session.save(path, model, state, extras)
+    _, again = session.load(path, model)
     assert set(again) == set(extras)
     for name, value in extras.items():
         assert again[name].dtype == value.dtype and again[name].shape == value.shape
@@ -184,11 +187,11 @@ def test_describe_reads_no_tensors(saved, monkeypatch):
     path, model, _ = saved
     monkeypatch.setitem(sys.modules, "safetensors", None)
     os.truncate(path, path.stat().st_size - 1)  # a lost tensor byte does not matter here
-    found = sessions.describe(path)
+    found = session.describe(path)
     assert found["rows"] == 2 and found["position"] == [4 * (2**20 + 7) + found["phase"][0], found["phase"][1]]
     assert found["format_version"] == 1 and found["keras_fam_version"] == keras_fam.__version__
-    assert found["weights"] == sessions.weights_fingerprint(model)
-    assert found["signature"] == sessions.signature(model)
+    assert found["weights"] == session.weights_fingerprint(model)
+    assert found["signature"] == session.signature(model)
     assert found["signature"]["class"] == "TransformerFAMCausalLM" and found["signature"]["vocabulary_size"] == V
     assert ["layers[0].key", [8, 2, 4], "float32"] in found["signature"]["leaves"]
     assert found["signature"]["settings"]["rope_wavelength"] == 10_000.0
@@ -196,7 +199,9 @@ def test_describe_reads_no_tensors(saved, monkeypatch):
 
 
 def test_nothing_is_pickled(saved):
-    text = (HERE.parent / "keras_fam/sessions.py").read_text() + (HERE.parent / "keras_fam/session_file.py").read_text()
+    text = (HERE.parent / "keras_fam/streaming/session.py").read_text() + (
+        HERE.parent / "keras_fam/utils/safetensors_file.py"
+    ).read_text()
     assert not re.search(r"import (pickle|marshal|shelve)|allow_pickle|np\.load|\beval\b|\bexec\b", text)
     import safetensors.numpy
 
@@ -212,14 +217,14 @@ def go_on(folder):
     folder = pathlib.Path(folder)
     model = make(seed=7, num_layers=1)
     model.load_weights(folder / "lm.weights.h5")
-    state, extras = sessions.load(folder / "session.safetensors", model)
+    state, extras = session.load(folder / "session.safetensors", model)
     stream = keras_fam.StreamingModel(model, 2)
     stream.set_state(state)
     assert (stream.position == extras["position"]).all()
     np.save(folder / "outputs.npy", stream.predict(TOKENS[:, 4:8], lengths=[4, 3]))
-    sessions.save(folder / "back.safetensors", model, stream.state)
+    session.save(folder / "back.safetensors", model, stream.state)
     (folder / "report.json").write_text(
-        json.dumps({"backend": keras.backend.backend(), "weights": sessions.weights_fingerprint(model)})
+        json.dumps({"backend": keras.backend.backend(), "weights": session.weights_fingerprint(model)})
     )
 
 
@@ -228,16 +233,16 @@ def test_another_backend_goes_on_and_hands_back(tmp_path):
     model.save_weights(tmp_path / "lm.weights.h5")
     stream = keras_fam.StreamingModel(model, 2)
     stream.predict(TOKENS[:, :4], lengths=[4, 3])
-    sessions.save(tmp_path / "session.safetensors", model, stream.state, {"position": stream.position})
+    session.save(tmp_path / "session.safetensors", model, stream.state, {"position": stream.position})
     other = OTHER_BACKEND[keras.backend.backend()]
     environment = {**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
     command = [sys.executable, "-c", "import sys, test_sessions; test_sessions.go_on(sys.argv[1])", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report == {"backend": other, "weights": sessions.weights_fingerprint(model)}
+    assert report == {"backend": other, "weights": session.weights_fingerprint(model)}
     close(np.load(tmp_path / "outputs.npy"), stream.predict(TOKENS[:, 4:8], lengths=[4, 3]), support.SPLIT)
-    state, _ = sessions.load(tmp_path / "back.safetensors", model)
+    state, _ = session.load(tmp_path / "back.safetensors", model)
     support.states_close(state, stream.state, support.SPLIT)
     stream.set_state(state)
     assert stream.position.tolist() == [8, 6]
@@ -245,51 +250,51 @@ def test_another_backend_goes_on_and_hands_back(tmp_path):
 
 def test_fingerprint_covers_weights_and_nothing_else():
     model = make(random_state_passing=0.8, dropout=0.1)
-    first = sessions.weights_fingerprint(model)
+    first = session.weights_fingerprint(model)
     assert re.fullmatch("[0-9a-f]{64}", first)
-    assert sessions.weights_fingerprint(make(random_state_passing=0.8, dropout=0.1)) == first
+    assert session.weights_fingerprint(make(random_state_passing=0.8, dropout=0.1)) == first
     passing = model.backbone.random_state_passing
     passing.memory.assign(ops.ones(passing.memory.shape))
     passing.filled.assign(True)
     model.backbone.seed_generator.next()
     model.compile()
     model.optimizer.build(model.trainable_variables)
-    assert sessions.weights_fingerprint(model) == first
+    assert session.weights_fingerprint(model) == first
     seen, weights = {first}, model.trainable_variables
     for i, weight in enumerate(weights):
         before = numpy(weight)
         changed = before.copy()
         changed.flat[(97 * i) % changed.size] += 1e-3
         weight.assign(changed)
-        seen.add(sessions.weights_fingerprint(model))
+        seen.add(session.weights_fingerprint(model))
         weight.assign(before)
     assert len(seen) == 1 + len(weights)
-    assert sessions.weights_fingerprint(model) == first
+    assert session.weights_fingerprint(model) == first
     model.backbone.blocks[0].attention.query.enable_lora(2)
-    seen.add(sessions.weights_fingerprint(model))
+    seen.add(session.weights_fingerprint(model))
     assert len(seen) == 2 + len(weights)
 
 
 def test_fingerprint_samples_large_weights_evenly():
     layer = keras.layers.Dense(64, use_bias=False)
     layer.build((None, 1024))
-    first, kernel = sessions.weights_fingerprint(layer), numpy(layer.kernel)
+    first, kernel = session.weights_fingerprint(layer), numpy(layer.kernel)
     for column in range(64):
         changed = kernel.copy()
         changed[:, column] += 1
         layer.kernel.assign(changed)
-        assert sessions.weights_fingerprint(layer) != first, column
+        assert session.weights_fingerprint(layer) != first, column
     layer.kernel.assign(kernel)
-    assert sessions.weights_fingerprint(layer) == first
+    assert session.weights_fingerprint(layer) == first
 
 
 def test_stream_of_a_stateful_layer_is_no_weight():
     block = keras_fam.TransformerFAMBlock(2, 4, 8, block_size=4, memory_segments=1, fam_length=2, stateful=True)
     block.build((2, None, 8))
-    before = sessions.weights_fingerprint(block)
+    before = session.weights_fingerprint(block)
     for variable in [*block._state_variables, block._needs_reset]:
         variable.assign(ops.ones(variable.shape, variable.dtype))
-    assert sessions.weights_fingerprint(block) == before
+    assert session.weights_fingerprint(block) == before
 
 
 # Files that are refused -----------------------------------------------------------------------------------------
@@ -326,7 +331,7 @@ def test_changed_files_are_refused(saved):
     for kind, changed in mutations(data, 180, np.random.default_rng(2)):
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=r"session\.safetensors"):
-            sessions.load(path, model)
+            session.load(path, model)
             pytest.fail(f"accepted: {kind}")
         refused += 1
     assert refused >= 150
@@ -334,11 +339,11 @@ def test_changed_files_are_refused(saved):
         changed = bytearray(data)
         changed[place // 8] ^= 1 << place % 8
         path.write_bytes(changed)
-        for read in (lambda: sessions.load(path, model), lambda: sessions.describe(path)):
+        for read in (lambda: session.load(path, model), lambda: session.describe(path)):
             with pytest.raises(ValueError, match=r"session\.safetensors"):
                 read()
     path.write_bytes(data)
-    same_bits(sessions.load(path, model)[0], state)
+    same_bits(session.load(path, model)[0], state)
 
 
 def test_hostile_files_with_a_right_digest_do_no_harm(saved):
@@ -353,7 +358,7 @@ def test_hostile_files_with_a_right_digest_do_no_harm(saved):
         except ValueError:  # the mark of the digest itself
             continue
         try:
-            state, _ = sessions.load(path, model)
+            state, _ = session.load(path, model)
             check_structure(state, model.state_spec(2), "what was let in")
         except ValueError:
             refused += 1
@@ -382,7 +387,7 @@ def stretch(header):
         (edit(rows="3"), "3 rows, 2 positions"),
         (edit(rows="1" + "0" * 12), "2 positions"),
         (edit(phase="[0]"), "1 phases"),
-        (edit(phase="[2, 2]"), "cursor.offset"),
+        (edit(phase="[2, 2]"), "position.offset"),
         (edit(position="[" * 200_000), "lacks some"),
         (edit(signature="[]"), "`class`"),
         (edit(signature="7"), "lacks some"),
@@ -399,7 +404,7 @@ def test_right_digest_wrong_header(saved, change, message):
     path, model, _ = saved
     path.write_bytes(rewrite(path.read_bytes(), change))
     with pytest.raises(ValueError, match=message):
-        sessions.load(path, model)
+        session.load(path, model)
 
 
 def test_files_of_other_kinds(saved, tmp_path):
@@ -410,26 +415,26 @@ def test_files_of_other_kinds(saved, tmp_path):
     contents += [safetensors.numpy.save({"x": np.zeros(3)}), safetensors.numpy.save({"x": np.zeros(3)}, {"a": "b"})]
     for content in contents:
         path.write_bytes(content)
-        for read in (lambda: sessions.load(path, model), lambda: sessions.describe(path)):
+        for read in (lambda: session.load(path, model), lambda: session.describe(path)):
             with pytest.raises(ValueError, match=r"session\.safetensors"):
                 read()
-    for read in (lambda p: sessions.load(p, model), sessions.describe):
+    for read in (lambda p: session.load(p, model), session.describe):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "nothing")
         with pytest.raises(ValueError, match="folder"):
             read(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="device"):
-        sessions.load(tmp_path / "pipe", model)
+        session.load(tmp_path / "pipe", model)
 
 
 def test_states_that_no_stream_can_have(saved):
     path, model, state = saved
     for field, value in (("offset", 4), ("offset", -1), ("block_index", -1), ("visible_memories", 2)):
-        broken = state._replace(cursor=state.cursor._replace(**{field: ops.full((2,), value, "int32")}))
-        sessions.save(path, model, broken)
-        with pytest.raises(ValueError, match=f"cursor.{field}"):
-            sessions.load(path, model)
+        broken = state._replace(position=state.position._replace(**{field: ops.full((2,), value, "int32")}))
+        session.save(path, model, broken)
+        with pytest.raises(ValueError, match=f"position.{field}"):
+            session.load(path, model)
 
 
 @pytest.mark.parametrize(
@@ -453,29 +458,29 @@ def test_states_that_no_stream_can_have(saved):
 def test_other_models_are_refused(changes, field, saved):
     path, _, _ = saved
     with pytest.raises(ValueError, match=field):
-        sessions.load(path, make(**changes))
+        session.load(path, make(**changes))
 
 
 def test_settings_that_change_no_output_are_free(saved):
     path, _, state = saved
     model = make(dropout=0.1, blocks_per_step=2, remat=True, random_state_passing=0.5)
-    same_bits(sessions.load(path, model, check_weights=False)[0], state)
+    same_bits(session.load(path, model, check_weights=False)[0], state)
 
 
 def test_a_part_of_the_model_is_another_model(saved):
     path, model, _ = saved
     with pytest.raises(ValueError, match=r"`class`.*Backbone.*CausalLM"):
-        sessions.load(path, model.backbone)
+        session.load(path, model.backbone)
 
 
 def test_other_weights_on_purpose(saved):
     path, _, state = saved
     model = make()
-    same_bits(sessions.load(path, model)[0], state)
+    same_bits(session.load(path, model)[0], state)
     model.backbone.memory_prompt.assign(model.backbone.memory_prompt.value + 1.0)
     with pytest.raises(ValueError, match=r"fingerprint.*check_weights=False"):
-        sessions.load(path, model)
-    same_bits(sessions.load(path, model, check_weights=False)[0], state)
+        session.load(path, model)
+    same_bits(session.load(path, model, check_weights=False)[0], state)
 
 
 def test_what_save_refuses_leaves_the_old_file(saved):
@@ -485,22 +490,22 @@ def test_what_save_refuses_leaves_the_old_file(saved):
     bad = state._replace(layers=(state.layers[0], state.layers[1]._replace(fam=fam)))
     for broken in (bad, None, state.layers, state._replace(layers=state.layers[:1])):
         with pytest.raises(ValueError, match="state"):
-            sessions.save(path, model, broken)
+            session.save(path, model, broken)
     for extras in ({"text": np.array(["a"])}, {"objects": np.array([None])}, {3: np.zeros(2)}, {"": np.zeros(2)}):
         with pytest.raises(ValueError, match="Extras"):
-            sessions.save(path, model, state, extras)
+            session.save(path, model, state, extras)
     with pytest.raises(ValueError, match="0 rows"):
-        sessions.save(path, model, map_specs(lambda s: ops.zeros(s.shape, s.dtype), model.state_spec(0)))
+        session.save(path, model, map_specs(lambda s: ops.zeros(s.shape, s.dtype), model.state_spec(0)))
     unbuilt = keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(**SETTINGS))
     with pytest.raises(ValueError, match="not built"):
-        sessions.load(path, unbuilt)
+        session.load(path, unbuilt)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
 def test_missing_package_is_named(saved, monkeypatch):
     path, model, state = saved
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    for use in (lambda: sessions.save(path, model, state), lambda: sessions.load(path, model)):
+    for use in (lambda: session.save(path, model, state), lambda: session.load(path, model)):
         with pytest.raises(ImportError, match=r"keras-fam\[sessions\]"):
             use()
 
@@ -515,7 +520,7 @@ def target(request, tmp_path, monkeypatch):
     """A session file of `OLD`, where the machine has locks or not."""
     if not request.param:
         monkeypatch.setitem(sys.modules, "fcntl", None)
-    session_file.write(tmp_path / "s", OLD, {})
+    safetensors_file.write(tmp_path / "s", OLD, {})
     return tmp_path / "s"
 
 
@@ -528,21 +533,21 @@ def test_failing_calls_leave_the_old_file(call, target, monkeypatch):
             return real(args[0], args[1][:1000])
         raise OSError(errno.EIO, "injected")
 
-    monkeypatch.setattr(session_file.os, name, fail)
+    monkeypatch.setattr(safetensors_file.os, name, fail)
     with pytest.raises(OSError, match="injected"):
-        session_file.write(target, NEW, {})
-    monkeypatch.setattr(session_file.os, name, real)
-    np.testing.assert_array_equal(session_file.read(target)[1]["x"], OLD["x"])
+        safetensors_file.write(target, NEW, {})
+    monkeypatch.setattr(safetensors_file.os, name, real)
+    np.testing.assert_array_equal(safetensors_file.read(target)[1]["x"], OLD["x"])
     assert os.listdir(target.parent) == ["s"]
-    session_file.write(target, NEW, {})
-    np.testing.assert_array_equal(session_file.read(target)[1]["x"], NEW["x"])
+    safetensors_file.write(target, NEW, {})
+    np.testing.assert_array_equal(safetensors_file.read(target)[1]["x"], NEW["x"])
 
 
 def test_short_writes_are_taken_up(target, monkeypatch):
     real = os.write
-    monkeypatch.setattr(session_file.os, "write", lambda handle, data: real(handle, data[:777]))
-    session_file.write(target, NEW, {})
-    np.testing.assert_array_equal(session_file.read(target)[1]["x"], NEW["x"])
+    monkeypatch.setattr(safetensors_file.os, "write", lambda handle, data: real(handle, data[:777]))
+    safetensors_file.write(target, NEW, {})
+    np.testing.assert_array_equal(safetensors_file.read(target)[1]["x"], NEW["x"])
 
 
 def test_a_full_disk_leaves_the_old_file(target):
@@ -551,32 +556,32 @@ def test_a_full_disk_leaves_the_old_file(target):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
         with pytest.raises(OSError):
-            session_file.write(target, NEW, {})
+            safetensors_file.write(target, NEW, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    np.testing.assert_array_equal(session_file.read(target)[1]["x"], OLD["x"])
+    np.testing.assert_array_equal(safetensors_file.read(target)[1]["x"], OLD["x"])
     assert os.listdir(target.parent) == ["s"]
 
 
 def test_leftovers_are_taken_over(tmp_path):
     (tmp_path / ".s.partial").write_bytes(bytes(500_000))  # of a process that was killed
-    session_file.write(tmp_path / "s", NEW, {})
-    np.testing.assert_array_equal(session_file.read(tmp_path / "s")[1]["x"], NEW["x"])
+    safetensors_file.write(tmp_path / "s", NEW, {})
+    np.testing.assert_array_equal(safetensors_file.read(tmp_path / "s")[1]["x"], NEW["x"])
     assert os.listdir(tmp_path) == ["s"]
 
 
 def test_links(tmp_path):
     (tmp_path / "real").mkdir()
-    session_file.write(tmp_path / "real/s", OLD, {})
+    safetensors_file.write(tmp_path / "real/s", OLD, {})
     (tmp_path / "link").symlink_to(tmp_path / "real/s")
-    session_file.write(tmp_path / "link", NEW, {})
+    safetensors_file.write(tmp_path / "link", NEW, {})
     assert (tmp_path / "link").is_symlink()
-    np.testing.assert_array_equal(session_file.read(tmp_path / "real/s")[1]["x"], NEW["x"])
+    np.testing.assert_array_equal(safetensors_file.read(tmp_path / "real/s")[1]["x"], NEW["x"])
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".t.partial").symlink_to(tmp_path / "precious")
     with pytest.raises(OSError):  # a planted link is not followed
-        session_file.write(tmp_path / "t", NEW, {})
+        safetensors_file.write(tmp_path / "t", NEW, {})
     assert (tmp_path / "precious").read_text() == "mine"
 
 
@@ -591,11 +596,11 @@ def test_writers_and_readers_at_once(target):
 
     def write(value):
         for i in range(15):
-            session_file.write(target, {"x": np.full(3000 * (1 + i % 3), value, "int32")}, {"value": str(value)})
+            safetensors_file.write(target, {"x": np.full(3000 * (1 + i % 3), value, "int32")}, {"value": str(value)})
 
     def read():
         while running:
-            fields, arrays = session_file.read(target)
+            fields, arrays = safetensors_file.read(target)
             assert (arrays["x"] == int(fields.get("value", 1))).all()
 
     writers = [threading.Thread(target=guarded, args=(lambda v=v: write(v),)) for v in range(3, 7)]
@@ -626,17 +631,17 @@ while True:
 
 def test_killed_writers_leave_a_whole_file(tmp_path):
     path, rng, seen = tmp_path / "s", np.random.default_rng(5), set()
-    session_file.write(path, OLD, {"value": "1"})
+    safetensors_file.write(path, OLD, {"value": "1"})
     for _ in range(10):
-        command = [sys.executable, "-c", KILLED, session_file.__file__, str(path)]
+        command = [sys.executable, "-c", KILLED, safetensors_file.__file__, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
             assert child.stdout.readline() == b"ready\n"
             time.sleep(rng.uniform(0, 0.05))
             child.kill()
         assert child.returncode == -signal.SIGKILL
-        fields, arrays = session_file.read(path)
+        fields, arrays = safetensors_file.read(path)
         assert (arrays["x"] == int(fields["value"])).all()
         seen.add(fields["value"])
         assert set(os.listdir(tmp_path)) <= {"s", ".s.partial"}
-    session_file.write(path, OLD, {})
+    safetensors_file.write(path, OLD, {})
     assert os.listdir(tmp_path) == ["s"]

@@ -85,7 +85,7 @@ def test_reset_state():
     held.reset_state()
     close(held(x), fresh, SPLIT)
     held.reset_state(rows=[])
-    assert (numpy(held.state.cursor.block_index) == 3).all()  # 14 tokens, blocks of 4
+    assert (numpy(held.state.position.block_index) == 3).all()  # 14 tokens, blocks of 4
 
 
 def test_a_reset_waits_for_no_call():
@@ -95,8 +95,8 @@ def test_a_reset_waits_for_no_call():
     held.reset_state(rows=[0])
     held.attention.initial_fam_rows.assign(np.ones(held.attention.initial_fam_rows.shape))
     state = held.state
-    assert numpy(state.cursor.block_index).tolist() == [0, 3]
-    assert numpy(state.cursor.fresh).tolist() == [True, False]
+    assert numpy(state.position.block_index).tolist() == [0, 3]
+    assert numpy(state.position.fresh).tolist() == [True, False]
     assert (numpy(state.layers[0].fam)[0] == 1).all()
     assert (numpy(state.layers[0].key)[0] == 0).all()
 
@@ -106,8 +106,8 @@ def test_padding_moves_rows_on_their_own():
     x, mask = data(), np.zeros((2, 14), bool)
     mask[0, :7] = mask[1, 2:] = True
     held(x, padding_mask=mask)
-    assert numpy(held.state.cursor.offset).tolist() == [3, 0]
-    assert numpy(held.state.cursor.block_index).tolist() == [1, 3]
+    assert numpy(held.state.position.offset).tolist() == [3, 0]
+    assert numpy(held.state.position.block_index).tolist() == [1, 3]
     state = plain(x, padding_mask=mask, return_state=True)[1]
     close(held(x), plain.advance(x, state)[0], SPLIT)
 

@@ -130,13 +130,11 @@ def test_a_scan_that_is_written_out(monkeypatch):
 
     from keras_fam.ops import scan as module
 
-    xs = {"x": np.random.default_rng(0).normal(size=(module.WRITTEN_OUT, 3)).astype("float32")}
+    xs = {"x": np.random.default_rng(0).normal(size=(module.UNROLL_STEPS, 3)).astype("float32")}
 
-    def compile_it(write_out):
+    def compile_it(unroll):
         def run(carry, xs):
-            return module.scan(
-                lambda carry, x: (carry * 0.5 + x["x"], (carry,)), carry, xs, (carry,), write_out=write_out
-            )
+            return module.scan(lambda carry, x: (carry * 0.5 + x["x"], (carry,)), carry, xs, (carry,), unroll=unroll)
 
         lowered = jax.jit(run).lower(np.ones(3, "float32"), xs)
         return "while" in lowered.as_text(), lowered.compile()(np.ones(3, "float32"), xs)

@@ -13,9 +13,9 @@ from keras import ops
 from support import INT8, close, gradients, numpy
 
 import keras_fam
-from keras_fam.generation import tokenize
-from keras_fam.layers.apply import run_rows
+from keras_fam.layers.fast_call import call_dense
 from keras_fam.ops.backend import compiled
+from keras_fam.streaming.generation import tokenize
 
 SETTINGS = {
     "vocabulary_size": 31, "num_layers": 2, "hidden_dim": 16, "num_query_heads": 4, "num_key_value_heads": 2,
@@ -110,7 +110,7 @@ def test_factors_have_the_gradients_of_keras_own_layers():
         )
         found = gradients(
             lambda x, layer=layer, weight=weight, axes=axes: ops.sum(
-                ops.reshape(run_rows(layer, x, axes), weight.shape) * weight
+                ops.reshape(call_dense(layer, x, axes), weight.shape) * weight
             ),
             [x, layer.lora_kernel_a, layer.lora_kernel_b],
         )

@@ -10,7 +10,7 @@ from support import ORACLE, SPLIT, close, gradients, numpy, relative
 from test_model import TOKENS, L, V, make
 
 import keras_fam
-from keras_fam.layers.feedback import fed_back
+from keras_fam.layers.memory_scan import fed_back
 
 ROWS = np.tile(TOKENS[:1], (8, 1))  # eight rows of the same tokens: what differs between them was drawn
 

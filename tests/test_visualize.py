@@ -7,7 +7,7 @@ from keras import ops
 from support import close, numpy, tiny
 from test_evaluation import TOKENS
 
-from keras_fam import visualize
+from keras_fam.evaluation import visualize
 from keras_fam.ops.attention import attend, record_attention
 
 S, BLOCKS = 4, 3

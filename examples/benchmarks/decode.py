@@ -92,7 +92,7 @@ def compile_all(stream):
 
 def generating(stream, args):
     """A function that generates `--new` tokens, goes back to where it was, and returns the seconds per token."""
-    from keras_fam.generation import generate
+    from keras_fam.streaming.generation import generate
 
     state, logits = stream.get_state(), stream.next_logits
 

@@ -52,7 +52,7 @@ def settings_of(args):
     """Keywords of the backbone: the paper's 1B, or a small one."""
     import keras_fam
 
-    settings = keras_fam.preset("paper_1b", random_state_passing=0.0, fam_feedback=args.fam_feedback)
+    settings = keras_fam.model_config("paper_1b", random_state_passing=0.0, fam_feedback=args.fam_feedback)
     return settings | (SMALL_MODEL if args.small else {})
 
 
@@ -250,7 +250,7 @@ def decode(args):
         else:  # what a stream holds has one size, so any context stands for all; this one has full segments
             held = model.get_initial_state(rows)
             full = ops.full((rows,), model.block_settings["memory_segments"], "int32")
-            held = held._replace(cursor=held.cursor._replace(block_index=full))
+            held = held._replace(position=held.position._replace(block_index=full))
         held = keras.tree.map_structure(ops.copy, held)  # no two of them share memory
 
         def read():
@@ -289,7 +289,7 @@ def device_name():
 
 def measure(args, lengths):
     """One result after another, of one task of one system."""
-    from keras_fam.ops.recorded import CALLS_BEFORE
+    from keras_fam.ops.torch_graph import WARMUP_CALLS
 
     throughput, backend = matrix_throughput(args.small), os.environ["KERAS_BACKEND"]
     at = TASKS[args.task](args)
@@ -297,7 +297,7 @@ def measure(args, lengths):
         run = at(length)
         compiling = seconds(run)
         if args.task == "decode":  # torch records its graph after some calls
-            for _ in range(CALLS_BEFORE):
+            for _ in range(WARMUP_CALLS):
                 run()
         times, most = [], args.repeats * (16 if args.task == "decode" else 1)
         while len(times) < most and sum(times) <= args.seconds:

@@ -58,7 +58,7 @@ def by_diagonals(backbone, num_blocks):
     import jax.numpy as jnp
     import keras
 
-    from keras_fam.state import Cursor, LayerState, advance_cursor
+    from keras_fam.state import LayerState, StreamPosition, advance_position
 
     first, L, S = backbone.blocks[0], backbone.num_layers, backbone.block_size
     block_variables = [block.variables for block in backbone.blocks]
@@ -66,11 +66,11 @@ def by_diagonals(backbone, num_blocks):
     rest = [v for v in backbone.variables if id(v) not in taken]
     stacked = [jnp.stack([v.value for v in same]) for same in zip(*block_variables, strict=True)]
 
-    def one_layer(weights, x, state, cursor, active):
+    def one_layer(weights, x, state, position, active):
         with keras.StatelessScope(state_mapping=list(zip(first.variables, weights, strict=True))):
-            y, new, _ = first.advance_layer(x, state, cursor, start="boundary")
-        moved, _ = advance_cursor(cursor, S, S, first.attention.max_memories)
-        keep = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new, moved), (state, cursor))
+            y, new, _ = first.advance_layer(x, state, position, start="boundary")
+        moved, _ = advance_position(position, S, S, first.attention.max_memories)
+        keep = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new, moved), (state, position))
         return y, *keep
 
     def run(values, ids):
@@ -79,17 +79,17 @@ def by_diagonals(backbone, num_blocks):
             x = backbone.embed(ids)
         blocks = x.reshape(x.shape[0], num_blocks, S, -1).swapaxes(0, 1)
         blocks = jnp.concatenate([blocks, jnp.zeros((L - 1, *blocks.shape[1:]), x.dtype)])
-        layers, cursors = state
+        layers, positions = state
 
         def diagonal(carry, given):
-            hidden, layers, cursors = carry
+            hidden, layers, positions = carry
             block, d = given
             hidden = jnp.concatenate([block[None], hidden[:-1]])
             active = (d >= jnp.arange(L)) & (d - jnp.arange(L) < num_blocks)
-            hidden, layers, cursors = jax.vmap(one_layer)(stacked, hidden, layers, cursors, active)
-            return (hidden, layers, cursors), hidden[-1]
+            hidden, layers, positions = jax.vmap(one_layer)(stacked, hidden, layers, positions, active)
+            return (hidden, layers, positions), hidden[-1]
 
-        carry = jnp.zeros((L, *blocks.shape[1:]), x.dtype), LayerState(*layers), Cursor(*cursors)
+        carry = jnp.zeros((L, *blocks.shape[1:]), x.dtype), LayerState(*layers), StreamPosition(*positions)
         _, outputs = jax.lax.scan(diagonal, carry, (blocks, jnp.arange(num_blocks + L - 1)))
         y = outputs[L - 1 :].swapaxes(0, 1).reshape(x.shape)
         with keras.StatelessScope(state_mapping=list(zip(rest, rest_values, strict=True))):
@@ -97,8 +97,8 @@ def by_diagonals(backbone, num_blocks):
 
     start = backbone.get_initial_state(1)
     layers = jax.tree.map(lambda *parts: jnp.stack(parts), *start.layers)
-    cursors = jax.tree.map(lambda part: jnp.stack([part] * L), start.cursor)
-    return run, (stacked, [v.value for v in rest], (tuple(layers), tuple(cursors)))
+    positions = jax.tree.map(lambda part: jnp.stack([part] * L), start.position)
+    return run, (stacked, [v.value for v in rest], (tuple(layers), tuple(positions)))
 
 
 def child(args):

@@ -80,7 +80,7 @@ def build(program, make_optimizer=True):
     import keras_fam
 
     training = program.what == "train"
-    settings = keras_fam.preset(program.model, **program.changes)
+    settings = keras_fam.model_config(program.model, **program.changes)
     dtype = "mixed_bfloat16" if training else "bfloat16"
     found = []
 
@@ -103,7 +103,7 @@ def specs_of(variables, distribution):
     """`ShapeDtypeStruct`s of variables, laid out as the distribution says."""
     import jax
 
-    from keras_fam.sharding import fitted
+    from keras_fam.distribution.state_sharding import fitted
 
     def spec(v):
         layout = fitted(distribution.get_variable_layout(v), v.shape)
@@ -117,7 +117,7 @@ def lower(program, distribution):
     import jax
     import keras
 
-    from keras_fam.sharding import map_fields, state_layout
+    from keras_fam.distribution.state_sharding import map_fields, state_layout
 
     lm = build(program)
     shape = (program.batch, program.tokens)
@@ -168,7 +168,7 @@ def compile_one(program):
     attention.WHOLE_BYTES = 1 << 62  # attention in steps is for the CPU that compiles, not for the chip
     devices = topology_devices(program.topology)
     mesh = keras.distribution.DeviceMesh(program.mesh, ("batch", "model"), devices)
-    settings = keras_fam.preset(program.model, **program.changes)
+    settings = keras_fam.model_config(program.model, **program.changes)
     distribution = keras.distribution.ModelParallel(
         layout_map=keras_fam.layout_map(mesh, settings), batch_dim_name="batch"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import passkey_systems as systems  # reads the options and chooses the backend
 
 import keras_fam
-from keras_fam import visualize
+from keras_fam.evaluation import visualize
 
 ARGS, NAME, SHOWN_BLOCKS, LONG_BLOCKS = systems.ARGS, "FAM_N", 6, 528
 

@@ -57,7 +57,7 @@ import keras  # noqa: E402
 
 import keras_fam  # noqa: E402
 from keras_fam.data import PassKey  # noqa: E402
-from keras_fam.evaluation import KNOCK_OUTS, StreamScorer, summary  # noqa: E402
+from keras_fam.evaluation import ABLATIONS, StreamScorer, summary  # noqa: E402
 
 
 def exact(model, task, blocks, how=None):
@@ -84,7 +84,7 @@ def run(name, task):
     result = {"title": title, "settings": settings, "window": window, "exact": exact(model, task, BLOCKS)}
     if attention.fam_length:
         short = [count for count in BLOCKS if count in (8, 13, 17, 25, 33)]
-        result["knock_outs"] = {how: exact(model, task, short, how) for how in KNOCK_OUTS}
+        result["ablations"] = {how: exact(model, task, short, how) for how in ABLATIONS}
     return {**result, "command": COMMAND, "training_seconds": seconds, "seconds": time.perf_counter() - started}
 
 

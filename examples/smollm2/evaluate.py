@@ -15,7 +15,7 @@ from plot import plot
 import keras_fam
 from keras_fam.ops.backend import compiled
 
-KNOCK_OUTS = ("zeroed", "shuffled")  # `initial_fam="summary"` has no memory to be frozen at
+ABLATIONS = ("zeroed", "shuffled")  # `initial_fam="summary"` has no memory to be frozen at
 
 
 def held_out_rows(ids, rows, tokens):
@@ -44,7 +44,7 @@ def log_losses(lm, rows, step, how=None, seed=0, watch=None):
     state, found = lm.get_initial_state(len(rows)), []
     for start in range(0, rows.shape[1] - 1, step):
         if how and start:
-            state = keras_fam.knock_out(lm, state, how, rng)
+            state = keras_fam.ablate_memory(lm, state, how, rng)
         part = rows[:, start : start + step + 1]
         loss, state = run(ops.convert_to_tensor(part[:, :-1]), ops.convert_to_tensor(part[:, 1:]), state)
         found.append(ops.convert_to_numpy(loss))
@@ -111,7 +111,7 @@ def evaluate(args):
         lm = base(fam=fam)
         lm.load_lora_weights(folder / json.loads((folder / "training.json").read_text())["weights"])
         measure(name, lm)
-        for how in KNOCK_OUTS if fam else ():
+        for how in ABLATIONS if fam else ():
             measure(f"{name}, {how}", lm, how)
         gc.collect()
     plot(args, losses, args.out / "perplexity.png")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_fam.data.rows import Document
+from keras_fam.data.document_rows import Document
 
 
 def example(prompt, answer, prompt_weight=0.0, answer_weight=1.0):

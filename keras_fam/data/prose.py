@@ -104,7 +104,7 @@ def split(documents, held_out=0.2, seed=0):
 
 
 class WordTokenizer:
-    """Words in lower case, punctuation marks and single digits as tokens.
+    """PackedTensor in lower case, punctuation marks and single digits as tokens.
 
     Ids: 0 `<pad>`, 1 `<unk>`, 2 `<num>`, 3 to 12 the digits 0 to 9, then the other tokens. `<num>` stands for a whole
     number where its digits must not be seen (`encode(text, hide_numbers=True)`).

@@ -10,7 +10,7 @@ class ResumableDataset(keras.utils.PyDataset):
     """A `keras.utils.PyDataset` of batches that follow from their number alone, with a place that can be saved.
 
     Index i of Keras is batch `position + i`. Nothing moves by being read, since Keras may look ahead: `position` is
-    moved by `StreamingModel.fit`, by the callback `keras_fam.training.FollowDataset` for other models, or by
+    moved by `StreamingModel.fit`, by the callback `keras_fam.training.DatasetPosition` for other models, or by
     `advance`. Subclasses write `batch_at`, and put what else their batches depend on into `settings` (which has to be
     the same when a saved place is loaded) or into `saved` and `restore` (which may change).
 

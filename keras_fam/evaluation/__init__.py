@@ -1,8 +1,8 @@
 """Evaluation that cannot fool us, and what a memory looks like from outside."""
 
-from keras_fam.evaluation.knock_outs import KNOCK_OUTS, knock_out
-from keras_fam.evaluation.memory import MemoryMonitor, memory_statistics
-from keras_fam.evaluation.report import evaluate, summary
+from keras_fam.evaluation.ablation import ABLATIONS, ablate_memory
+from keras_fam.evaluation.evaluator import evaluate, summary
+from keras_fam.evaluation.memory_monitor import MemoryMonitor, memory_statistics
 from keras_fam.evaluation.scorer import StreamScorer
 
-__all__ = ["KNOCK_OUTS", "MemoryMonitor", "StreamScorer", "evaluate", "knock_out", "memory_statistics", "summary"]
+__all__ = ["ABLATIONS", "MemoryMonitor", "StreamScorer", "ablate_memory", "evaluate", "memory_statistics", "summary"]

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.evaluation.knock_outs import check_how, derangement, spoil_memory, streaming_part
+from keras_fam.evaluation.ablation import ablate_state, check_how, derangement, streaming_part
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.scan import scan
 
@@ -16,24 +16,25 @@ class StreamScorer:
     """Scores a language model on long texts by distance, at constant memory.
 
     ```python
-    scorer = keras_fam.StreamScorer(lm, knock_out="zeroed")
+    scorer = keras_fam.StreamScorer(lm, ablation="zeroed")
     sums = scorer.score(tokens)          # [B, T], or an iterable of chunks
     ```
 
     Args:
         model: a `TransformerFAMCausalLM`, or any model with its `advance` and `get_initial_state`, whose outputs are
             logits.
-        knock_out: None, or how the memory is spoilt after every block; see `knock_out`. Each block draws a new shuffle.
+        ablation: None, or how the memory is ablated after every block; see `ablate_memory`. Each block draws a new
+            permutation for `"shuffled"`.
         boundaries: None, or the increasing distances at which a new bucket starts, 0 first; the default is 0, S, 2·S,
             4·S, … for blocks of S tokens.
         blocks_per_step: how many blocks one call of the compiled program reads; no result changes.
         seed: of the shuffles.
     """
 
-    def __init__(self, model, knock_out=None, *, boundaries=None, blocks_per_step: int = 8, seed: int = 0):
-        if knock_out is not None:
-            check_how(model, knock_out)
-        self.model, self.knock_out, self.seed = model, knock_out, seed
+    def __init__(self, model, ablation=None, *, boundaries=None, blocks_per_step: int = 8, seed: int = 0):
+        if ablation is not None:
+            check_how(model, ablation)
+        self.model, self.ablation, self.seed = model, ablation, seed
         if not model.built:
             model.build()
         self.block_size = streaming_part(model).block_size
@@ -65,7 +66,7 @@ class StreamScorer:
                 state = self.model.get_initial_state(rows)
             bucket = np.searchsorted(self.boundaries, distance, side="right") - 1
             order = np.zeros((self.step_size // self.block_size, rows), "int32")
-            if self.knock_out == "shuffled":
+            if self.ablation == "shuffled":
                 order = np.stack([derangement(rows, rng) for _ in order])
             given = (tokens, targets, weights, bucket.astype("int32"), order)
             sums, state = self._program(state, *map(ops.convert_to_tensor, given))
@@ -75,7 +76,7 @@ class StreamScorer:
         return total
 
     def _step(self, state, tokens, targets, weights, bucket, order):
-        if self.knock_out is None:
+        if self.ablation is None:
             logits, state = self.model.advance(tokens, state, aligned=True)
             return self._count(logits, targets, weights, bucket), state
         rows = ops.shape(tokens)[0]
@@ -90,7 +91,7 @@ class StreamScorer:
         def read(state, x):
             logits, state = self.model.advance(x["tokens"], state, aligned=True)
             sums = self._count(logits, x["targets"], x["weights"], x["bucket"])
-            return spoil_memory(state, self.knock_out, first, x["order"]), (sums,)
+            return ablate_state(state, self.ablation, first, x["order"]), (sums,)
 
         like = (ops.zeros((rows, len(self.boundaries), _COUNTED), "float32"),)
         state, (sums,) = scan(read, state, xs, like)

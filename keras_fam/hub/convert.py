@@ -13,11 +13,11 @@ from keras_fam.hub.source import (
     field_values,
     keras_hub_models,
     layer_settings,
-    take_apart,
+    unwrap_source,
 )
 from keras_fam.hub.weights import copy, draw_memory, pairs, share
-from keras_fam.models.backbone import TransformerFAMBackbone, block_settings
-from keras_fam.models.causal_lm import TransformerFAMCausalLM
+from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone, block_settings
+from keras_fam.models.transformer_fam_causal_lm import TransformerFAMCausalLM
 
 SIZES = ("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "num_key_value_heads", "intermediate_dim",
          "head_dim")  # fmt: skip
@@ -83,7 +83,7 @@ def convert(
     """
     if weights not in ("copy", "share"):
         raise ValueError(f"`weights` is 'copy' or 'share'; received {weights!r}.")
-    theirs, is_task, preprocessor = take_apart(source)
+    theirs, is_task, preprocessor = unwrap_source(source)
     family = family_of(type(theirs))
     _check_options(options)
     check_fields(theirs, family)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_fam.hub.families import FAMILIES, head_dim
 from keras_fam.hub.family import PLAIN, Only, Read, Unused
-from keras_fam.ops.positions import inverse_wavelengths
+from keras_fam.ops.rope import inverse_wavelengths
 
 _NO_FIELDS = {"self", "args", "kwargs", "name", "dtype", "trainable"}
 
@@ -36,7 +36,7 @@ def family_of(backbone_class):
     )
 
 
-def take_apart(source):
+def unwrap_source(source):
     """`(backbone, is it a task, preprocessor)` of a KerasHub backbone or CausalLM."""
     models = keras_hub_models()
     if isinstance(source, models.Backbone):

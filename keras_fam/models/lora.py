@@ -20,7 +20,7 @@ FORMAT = "keras_fam.lora/1"
 class LoRA:
     """What `TransformerFAMBackbone` can do with LoRA; `TransformerFAMCausalLM` hands on to it."""
 
-    _held_still = ()
+    _frozen_variables = ()
 
     def enable_lora(self, rank: int, targets=("attention", "feed_forward"), *, alpha=None, train_memory: bool = True):
         """Freezes all weights and adds trainable low-rank updates, `W + alpha / rank · A·B` (Sec. 3.1 has rank 64).
@@ -51,11 +51,11 @@ class LoRA:
         held = [v for v in self.trainable_variables if id(v) not in memory]
         for v in held:
             v.trainable = False
-        vars(self)["_held_still"] = held  # past Keras' tracking of attributes, which would count them twice
+        vars(self)["_frozen_variables"] = held  # past Keras' tracking of attributes, which would count them twice
         for name, layer in self._lora_candidates():
             if name in names:
                 layer.enable_lora(rank, lora_alpha=alpha)
-        tell_torch(self)
+        refresh_torch_parameters(self)
 
     def lora_layers(self):
         """The layers with LoRA updates, a dict from a name such as `"block_3/query"`."""
@@ -85,10 +85,10 @@ class LoRA:
         for layer in layers.values():
             layer._kernel.assign(ops.cast(layer.kernel, layer._kernel.dtype))
             _remove(layer)
-        for v in self._held_still:
+        for v in self._frozen_variables:
             v.trainable = True
-        vars(self)["_held_still"] = ()
-        tell_torch(self)
+        vars(self)["_frozen_variables"] = ()
+        refresh_torch_parameters(self)
 
     def save_lora_weights(self, path):
         """Saves the updates, and the first memory, to one file: `*.lora.h5`, readable under any backend.
@@ -209,27 +209,27 @@ class TaskLoRA:
 
     def enable_lora(self, rank: int, targets=("attention", "feed_forward"), *, alpha=None, train_memory: bool = True):
         self.backbone.enable_lora(rank, targets, alpha=alpha, train_memory=train_memory)
-        tell_torch(self)
+        refresh_torch_parameters(self)
 
     def lora_layers(self):
         return self.backbone.lora_layers()
 
     def merge_lora(self):
         self.backbone.merge_lora()
-        tell_torch(self)
+        refresh_torch_parameters(self)
 
     def save_lora_weights(self, path):
         self.backbone.save_lora_weights(path)
 
     def load_lora_weights(self, path):
         self.backbone.load_lora_weights(path)
-        tell_torch(self)
+        refresh_torch_parameters(self)
 
     for _name in ("enable_lora", "lora_layers", "merge_lora", "save_lora_weights", "load_lora_weights"):
         locals()[_name].__doc__ = getattr(LoRA, _name).__doc__
 
 
-def tell_torch(model):
+def refresh_torch_parameters(model):
     """Under torch, every layer keeps a list of the parameters below it."""
     for layer in model._flatten_layers():
         if hasattr(layer, "_torch_params"):

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from keras_fam.layers.streaming_layer import check_padding_mask
-from keras_fam.ops import rows as row_ops
-from keras_fam.state import broadcast_cursor, check_finite, check_structure, map_specs, where_rows
+from keras_fam.layers.recurrent import check_padding_mask
+from keras_fam.ops import ragged as row_ops
+from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
 class StreamingModelMixin:
@@ -35,7 +35,7 @@ class StreamingModelMixin:
         lengths = None
         if padding_mask is not None:
             check_padding_mask(padding_mask, token_ids)
-            token_ids, lengths = row_ops.squeeze_padding(token_ids, padding_mask)
+            token_ids, lengths = row_ops.pack_left(token_ids, padding_mask)
         training = bool(training)
         if initial_state is not None:
             check_structure(initial_state, self.state_spec(token_ids.shape[0]), self.name)
@@ -44,7 +44,7 @@ class StreamingModelMixin:
         else:
             state, start = self._starting_state(batch_size, training), "fresh"
             if lengths is not None:
-                state = state._replace(cursor=broadcast_cursor(state.cursor, batch_size))
+                state = state._replace(position=broadcast_position(state.position, batch_size))
         passing = training and initial_state is None and self.passes_state
         before = state
         outputs, state = self._advance(
@@ -53,10 +53,10 @@ class StreamingModelMixin:
         if passing:
             self._keep_memory(before, state)
         if padding_mask is not None:
-            outputs = row_ops.restore_padding(outputs, padding_mask)
+            outputs = row_ops.unpack_left(outputs, padding_mask)
         if not return_state:
             return outputs
-        return outputs, state._replace(cursor=broadcast_cursor(state.cursor, batch_size))
+        return outputs, state._replace(position=broadcast_position(state.position, batch_size))
 
     def advance(self, token_ids, state, *, lengths=None, reset=None, aligned=False, training=False):
         """The pure function behind every call: the next tokens in, outputs and the next state out.

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_fam.ops.backend import is_eager, platform, remat
-from keras_fam.ops.positions import rotate
+from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import scan
 
 # Bytes of softmax weights (float32). On a CPU, more than WHOLE_BYTES are computed in steps of about STEP_BYTES, which

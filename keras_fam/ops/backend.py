@@ -1,10 +1,10 @@
 """What Keras has no single call for. Backend branches live here, in `scan.py` and in `attention.py`, and what is for
-torch alone in `recorded.py`; nowhere else."""
+torch alone in `torch_graph.py`; nowhere else."""
 
 import keras
 from keras import ops
 
-from keras_fam.ops.recorded import CALLS_BEFORE, CALLS_BEFORE_LARGE, Recorded, is_recording
+from keras_fam.ops.torch_graph import WARMUP_CALLS, WARMUP_CALLS_LARGE, TracedFunction, is_tracing
 
 
 def is_eager(x):
@@ -18,7 +18,7 @@ def is_eager(x):
         return not isinstance(x, jax.core.Tracer)
     if backend == "tensorflow":
         return hasattr(x, "numpy")
-    return type(x).__name__ != "FakeTensor" and not is_recording()
+    return type(x).__name__ != "FakeTensor" and not is_tracing()
 
 
 def runs_eagerly():
@@ -133,10 +133,10 @@ def compiled(function, variables, *, record=None):
     Args:
         function: function of structures of tensors, with a structure of tensors as result.
         variables: function without arguments that lists the `keras.Variable`s it reads.
-        record: where torch runs it from a recorded graph (`Recorded`): None, nowhere. `"anywhere"`, after a few calls:
-            it does so little that calling operations takes longer than computing them. `"gpu"`: on a GPU alone, where
-            that also holds for many blocks, and after more calls. A function that is recorded has no effects, draws
-            nothing and loops over no values.
+        record: where torch runs it from a traced graph (`TracedFunction`): None is nowhere; `"anywhere"`, after some
+            calls, since calling its operations takes longer than computing them; `"gpu"`, on a GPU alone, where that also
+            holds for many blocks, and after more calls. A traced function has no effects, draws no random numbers and
+            does not loop over values.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -158,8 +158,8 @@ def compiled(function, variables, *, record=None):
     import torch
 
     if record == "anywhere" or (record == "gpu" and platform() == "gpu"):
-        calls = CALLS_BEFORE if record == "anywhere" else CALLS_BEFORE_LARGE
-        return torch.no_grad()(_remade(lambda: Recorded(function, variables(), calls), variables))
+        calls = WARMUP_CALLS if record == "anywhere" else WARMUP_CALLS_LARGE
+        return torch.no_grad()(_remade(lambda: TracedFunction(function, variables(), calls), variables))
     return torch.no_grad()(function)
 
 

@@ -4,16 +4,16 @@ import keras
 from keras import ops
 
 from keras_fam.ops.backend import is_eager
-from keras_fam.ops.recorded import assume_false, is_recording
+from keras_fam.ops.torch_graph import assume_false, is_tracing
 
 # On JAX, so few steps are written out where each reads so many bytes: XLA copies what goes into a loop, which made a
 # train step's temporary memory 6 % larger (blocks of 1,024 tokens of width 512, 4 layers).
-WRITTEN_OUT, LARGE_STEP = 4, 1 << 20
+UNROLL_STEPS, LARGE_STEP = 4, 1 << 20
 # Outside of `jit`, JAX would compile a loop anew at every call: up to this length it is run step by step instead.
 MAX_EAGER_STEPS = 64
 
 
-def scan(step, carry, xs, y_like, *, write_out=False):
+def scan(step, carry, xs, y_like, *, unroll=False):
     """Runs `carry, y = step(carry, x)` over the leading axis of `xs` and stacks the `y`.
 
     A compiled loop on JAX and TensorFlow, a Python loop on torch (as fast there as any, see the README).
@@ -23,7 +23,7 @@ def scan(step, carry, xs, y_like, *, write_out=False):
         carry: initial carry.
         xs: dict of tensors `[n, ...]`, n ≥ 1 (TensorFlow also takes an n that is only known at run time).
         y_like: tuple of tensors with the shapes and dtypes of one `y`; their values are not read.
-        write_out: whether JAX may write few large steps out one after the other. Not if `step` is rematerialised: on a
+        unroll: whether JAX may write few large steps out one after the other. Not if `step` is rematerialised: on a
             CPU, XLA merges what is to be computed again with what was, unless they are in different loops.
 
     Returns:
@@ -35,7 +35,7 @@ def scan(step, carry, xs, y_like, *, write_out=False):
         import jax
 
         size = sum(x.size * x.dtype.itemsize for x in keras.tree.flatten(xs))
-        few = write_out and length <= WRITTEN_OUT and size >= length * LARGE_STEP
+        few = unroll and length <= UNROLL_STEPS and size >= length * LARGE_STEP
         return jax.lax.scan(step, carry, xs, unroll=few)
     if backend == "tensorflow":
         return _scan_tensorflow(step, carry, xs, y_like)
@@ -51,7 +51,7 @@ def branch(predicate, true, false):
 
     As `ops.cond`, but a predicate that can be read now is: JAX would compile both branches at every eager call.
     """
-    if is_recording():
+    if is_tracing():
         assume_false(predicate)
         return false()
     if is_eager(predicate):

@@ -1,0 +1,1 @@
+"""Other systems that the paper compares: they import the core, never the reverse."""

@@ -1,0 +1,1 @@
+"""Layouts of weights and stream states over devices (`keras.distribution`)."""

@@ -1,0 +1,126 @@
+"""TransformerFAMCausalLM: next-token logits on top of a backbone."""
+
+import keras
+
+from keras_fam.models.generation import generate_from
+from keras_fam.models.lora import TaskLoRA
+from keras_fam.models.preset_io import load_backbone, load_preprocessor, save_to_preset
+from keras_fam.models.streaming_call import StreamingModelMixin
+from keras_fam.models.text_inputs import TextTask
+from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
+
+
+@keras.saving.register_keras_serializable(package="keras_fam")
+class TransformerFAMCausalLM(TaskLoRA, TextTask, StreamingModelMixin, keras.Model):
+    """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
+
+    `fit` takes token ids (or a dict of `"token_ids"` and `"padding_mask"`), the next tokens as targets, and loss
+    weights `[B, T]` as sample weights. `compile()` without arguments chooses Adam and the sparse cross-entropy.
+
+    Args:
+        backbone: a `TransformerFAMBackbone`.
+        preprocessor: None, or an object that is kept with the model (a KerasHub preprocessor).
+
+    Calls, `advance`, `get_initial_state` and `state_spec` are those of the backbone, with logits as outputs.
+    """
+
+    def __init__(self, backbone: TransformerFAMBackbone, preprocessor=None, name: str | None = None, **kwargs):
+        kwargs.setdefault("dtype", backbone.dtype_policy)
+        super().__init__(name=name, **kwargs)
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+    def __setattr__(self, name, value):
+        if name == "preprocessor":  # no part of what is computed: kept past Keras' tracking, so it can be replaced
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def build(self, input_shape=None):
+        """Makes all weights; `input_shape` may be left out."""
+        self.backbone.build(input_shape)
+        self.built = True
+
+    def compile(self, optimizer="adam", loss="auto", *, weighted_metrics="auto", sampler="top_k", **kwargs):
+        """As `keras.Model.compile`; the defaults are next-token cross-entropy and accuracy, weighted by the loss
+        weights. `sampler` is what `generate` uses: a name or an object of `keras_hub.samplers`; it is not saved."""
+        self.sampler = sampler
+        vars(self).pop("_generation_streams", None)
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if weighted_metrics == "auto":
+            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
+        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
+
+    def compile_from_config(self, config):
+        """Compiles a loaded model as the saved one was, optimizer included."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+        return generate_from(self, inputs, max_length, stop_token_ids, strip_prompt)
+
+    generate.__doc__ = generate_from.__doc__
+
+    save_to_preset = save_to_preset
+
+    @classmethod
+    def from_preset(cls, folder, *, preprocessor="auto", load_weights=True, **changes):
+        """The language model that `save_to_preset` put into a folder, under any backend.
+
+        Args:
+            folder: the folder.
+            preprocessor: `"auto"` is the folder's; or None, or an object.
+            load_weights: whether the weights are loaded, or drawn anew.
+            **changes: settings of the backbone in place of the saved ones, such as `dtype` or `blocks_per_step`.
+
+        Raises:
+            ValueError: if the folder is no preset of this package, or its weights do not fit the settings.
+            ImportError: if its preprocessor needs KerasHub, and that is missing.
+        """
+        backbone, folder, _ = load_backbone(folder, TransformerFAMBackbone, load_weights, **changes)
+        if isinstance(preprocessor, str) and preprocessor == "auto":
+            preprocessor = load_preprocessor(folder)
+        lm = cls(backbone, preprocessor=preprocessor)
+        lm.build()
+        return lm
+
+    @property
+    def output_width(self):
+        return self.backbone.vocabulary_size
+
+    @property
+    def passes_state(self):
+        return self.backbone.passes_state
+
+    def state_spec(self, batch_size=None):
+        """`StreamState` of `Spec`s (shape and dtype), for `batch_size` rows."""
+        return self.backbone.state_spec(batch_size)
+
+    def get_initial_state(self, batch_size):
+        """The `StreamState` of `batch_size` rows that start anew."""
+        return self.backbone.get_initial_state(batch_size)
+
+    def _starting_state(self, batch_size, training):
+        return self.backbone._starting_state(batch_size, training)
+
+    def _keep_memory(self, before, state):
+        self.backbone._keep_memory(before, state)
+
+    def _advance(self, token_ids, state, **options):
+        hidden, state = self.backbone._advance(token_ids, state, **options)
+        return self.backbone.token_embedding(hidden, reverse=True), state
+
+    def get_config(self):
+        config = super().get_config()
+        config["backbone"] = keras.saving.serialize_keras_object(self.backbone)
+        config["preprocessor"] = keras.saving.serialize_keras_object(self.preprocessor)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["backbone"] = keras.saving.deserialize_keras_object(config["backbone"])
+        config["preprocessor"] = keras.saving.deserialize_keras_object(config["preprocessor"])
+        return cls(**config)

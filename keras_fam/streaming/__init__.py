@@ -1,0 +1,1 @@
+"""Streams: `StreamingModel`, generation, and sessions on disk."""

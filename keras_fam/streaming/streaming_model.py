@@ -1,0 +1,299 @@
+"""StreamingModel: a model that remembers between calls.
+
+The state lives here, the arithmetic in the model's pure `advance`. Chunks of any length are cut into pieces of a few
+sizes, so that each program is compiled once and never once per length.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fam.ops.backend import compiled, programs_of
+from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
+from keras_fam.streaming import session
+from keras_fam.streaming.generation import generate, generate_stream
+from keras_fam.training.stateful import StreamTraining, predict_chunks
+
+COMPILE_RESET_AFTER = 4  # from this time on that streams start anew, the program that makes their state is compiled
+
+
+def _last(outputs, before, lengths):
+    """Outputs after the last token of each row, float32 `[B, V]`; `before` in rows without tokens."""
+    if lengths is None:
+        return ops.cast(outputs[:, -1], "float32")
+    place = ops.maximum(lengths - 1, 0)[:, None, None]
+    last = ops.cast(ops.take_along_axis(outputs, place, axis=1)[:, 0], "float32")
+    return ops.where(lengths[:, None] > 0, last, before)
+
+
+def _step(model, aligned):
+    """The function that is compiled: a piece, state and logits in; outputs, state and logits out."""
+
+    def step(piece, state, lengths=None):
+        state, logits = state
+        outputs, state = model.advance(piece, state, lengths=lengths, aligned=aligned)
+        return outputs, (state, logits if isinstance(logits, tuple) else _last(outputs, logits, lengths))
+
+    return step
+
+
+class StreamingModel(StreamTraining):
+    """Streams through a TransformerFAM model, at constant memory.
+
+    ```python
+    stream = keras_fam.StreamingModel(lm, batch_size=4)
+    logits = stream.predict(chunk)     # [4, T, V] for any T; the next call goes on where this one stopped
+    tokens = stream.generate(max_new_tokens=20)
+    stream.reset_state(rows=[2])
+    stream.save_state("session.safetensors")
+    ```
+
+    Args:
+        model: a `TransformerFAMCausalLM`, a `TransformerFAMBackbone`, or any layer with their interface.
+        batch_size: B, number of streams.
+        blocks_per_step: how many blocks are advanced at once where a chunk is long; no result changes.
+
+    Attributes:
+        position: int64 NumPy `[B]`, tokens read by each row since its start.
+        next_logits: float32 tensor `[B, V]`, a language model's logits after the last token of each row; NaN in rows
+            where nothing was read since a reset or `set_state`; `()` for models without logits.
+    """
+
+    def __init__(self, model, batch_size: int, *, blocks_per_step: int = 4):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is the number of streams, at least 1; received {batch_size!r}.")
+        if not isinstance(blocks_per_step, int) or blocks_per_step < 1:
+            raise ValueError(f"`blocks_per_step` is a whole number of at least 1; received {blocks_per_step!r}.")
+        if not model.built:
+            model.build()
+        self.model, self.batch_size = model, batch_size
+        self.block_size = getattr(model, "backbone", getattr(model, "attention", model)).block_size
+        self.step_size = blocks_per_step * self.block_size
+        self._programs = programs_of(model)
+        self._reset_all()
+
+    # Reading ----------------------------------------------------------------------------------------------------
+
+    def predict(self, chunk, lengths=None, *, steps=None, verbose=0, callbacks=None, collect=True):
+        """Outputs for the next tokens of every row.
+
+        Args:
+            chunk: int `[B, T]` token ids (or `[B, T, D]` for a layer), T ≥ 1; or a `PyDataset`, `tf.data.Dataset` or
+                iterator of successive chunks: arrays, or dicts of `"token_ids"` and perhaps `"lengths"` and `"reset"`
+                (bool `[B]`: rows that start anew before the chunk). Targets beside them are left out.
+            lengths: None, or int `[B]`: how many of the T tokens exist in each row; the rest is padding and its
+                outputs are 0.
+            steps: None, or how many chunks of a dataset are read.
+            verbose: 0, or 1 for Keras' progress bar over a dataset.
+            callbacks: Keras callbacks, called for each chunk of a dataset.
+            collect: False drops the outputs of a dataset once the callbacks have seen them (`logs["outputs"]`).
+
+        Returns:
+            NumPy `[B, T, …]`, over a dataset with all its tokens; None if they were not collected.
+
+        Raises:
+            ValueError: for a chunk or lengths that do not fit. The streams are then as they were, as after any
+                exception.
+        """
+        if not isinstance(chunk, (list, tuple)) and not hasattr(chunk, "shape"):
+            return predict_chunks(self, chunk, steps=steps, verbose=verbose, callbacks=callbacks, collect=collect)
+        outputs = self._read(chunk, lengths)
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=1)
+
+    def _read(self, chunk, lengths=None, keep=True):
+        """`predict` with the outputs as a list of pieces; none are fetched unless `keep`."""
+        chunk = np.asarray(chunk)
+        if chunk.dtype.kind in "iu":
+            chunk = chunk.astype("int32")  # one program, whatever the width of the ids
+        if chunk.ndim < 2 or chunk.shape[0] != self.batch_size or chunk.shape[1] == 0:
+            raise ValueError(
+                f"A chunk is [batch_size, T, …] with {self.batch_size} rows and T ≥ 1; received shape {chunk.shape}. "
+                "Rows without new tokens take part with lengths=0."
+            )
+        total = chunk.shape[1]
+        if lengths is not None:
+            lengths = np.asarray(lengths)
+            fits = lengths.shape == (self.batch_size,) and lengths.dtype.kind in "iu"
+            if not fits or lengths.min() < 0 or lengths.max() > total:
+                raise ValueError(
+                    f"`lengths` are {self.batch_size} whole numbers from 0 to T = {total}; received {lengths!r}."
+                )
+            if (lengths == total).all():
+                lengths = None
+        state, position, outputs, first = (self._state, self.next_logits), self.position, [], 0
+        while first < total:
+            size, aligned = self._next_piece(total - first, position, lengths)
+            piece = chunk[:, first : first + size]
+            taken = None if lengths is None else np.clip(lengths - first, 0, size).astype("int32")
+            output, state = self._run(piece, state, taken, aligned)
+            if keep:
+                outputs.append(ops.convert_to_numpy(output)[:, :size])
+            position = position + (size if taken is None else taken)
+            first += size
+        (self._state, self.next_logits), self.position = state, position
+        return outputs
+
+    def _next_piece(self, left, position, lengths):
+        """`(size, aligned)` of the next piece: whole steps or blocks where all rows stand at a boundary."""
+        offset = position % self.block_size
+        if lengths is None and not offset.any():
+            for size in (self.step_size, self.block_size):
+                if left >= size:
+                    return size, True
+        room = self.block_size - (offset[0] if (offset == offset[0]).all() else 0)
+        return int(min(left, room)), False
+
+    def _run(self, piece, state, lengths, aligned):
+        """One compiled step; short pieces are padded to the next power of two."""
+        size = piece.shape[1]
+        if not aligned and size > 1:
+            padded = min(1 << (size - 1).bit_length(), self.block_size)
+            if lengths is None and padded != size:
+                lengths = np.full(self.batch_size, size, "int32")
+            piece = np.pad(piece, [(0, 0), (0, padded - size)] + [(0, 0)] * (piece.ndim - 2))
+        key = (aligned, lengths is not None)
+        if key not in self._programs:
+            model = self.model  # programs outlive the stream
+            self._programs[key] = compiled(
+                _step(model, aligned), lambda: model.variables, record="gpu" if aligned else "anywhere"
+            )
+        given = () if lengths is None else (ops.convert_to_tensor(lengths),)
+        return self._programs[key](ops.convert_to_tensor(piece), state, *given)
+
+    generate, generate_stream = generate, generate_stream
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self):
+        """The `StreamState` of all rows."""
+        return self._state
+
+    def reset_state(self, rows=None):
+        """Lets rows start anew.
+
+        Args:
+            rows: None (all) or a sequence of row numbers.
+        """
+        if rows is None:
+            self._reset_all()
+            return
+        rows = self._check_rows(rows)
+        self._replace(rows, self._initial_state(len(rows)), self._initial_logits(len(rows)))
+        self.position = self.position.copy()
+        self.position[rows] = 0
+
+    def get_state(self, rows=None):
+        """A `StreamState` of some rows (all if None), to be kept or handed to `set_state`."""
+        return self._state if rows is None else select_rows(self._state, self._check_rows(rows))
+
+    def set_state(self, state, rows=None, next_logits=None):
+        """Puts streams in place of the ones in `rows` (all if None).
+
+        Args:
+            state: `StreamState` of as many rows, of the same model.
+            rows: None or a sequence of row numbers.
+            next_logits: None (not known: these rows have to read a token before they generate), or `[rows, V]`.
+
+        Raises:
+            ValueError: if the state or the logits do not fit, or holds NaN; the streams are then as they were.
+        """
+        rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
+        check_structure(state, self.model.state_spec(len(rows)), self.model.name)
+        check_finite(state, self.model.name)
+        logits = self._initial_logits(len(rows))
+        if next_logits is not None:
+            expected = tuple(getattr(logits, "shape", ()))
+            if tuple(np.shape(next_logits)) != expected:
+                raise ValueError(f"`next_logits` has shape {expected}; received {tuple(np.shape(next_logits))}.")
+            logits = ops.cast(next_logits, "float32") if expected else ()
+        blocks = ops.convert_to_numpy(state.position.block_index).astype("int64")
+        position = self.position.copy()
+        position[rows] = blocks * self.block_size + ops.convert_to_numpy(state.position.offset)
+        self._replace(rows, state, logits)
+        self.position = position
+
+    def save_state(self, path, rows=None):
+        """Saves streams to one safetensors file, atomically, in the place of what is there; see `keras_fam.sessions`.
+
+        Args:
+            path: the file, `*.safetensors` by custom.
+            rows: None (all) or a sequence of row numbers.
+
+        Raises:
+            ValueError: for rows that do not exist, or a state that holds NaN.
+            OSError: if the file cannot be written; what was there is then whole.
+        """
+        rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
+        extras = {"position": self.position[rows]}
+        if not isinstance(self.next_logits, tuple):
+            extras["next_logits"] = ops.convert_to_numpy(self.next_logits)[rows]
+        session.save(path, self.model, self.get_state(rows), extras)
+
+    def load_state(self, path, rows=None, *, check_weights=True):
+        """Puts the streams of a file, saved under any backend, in place of the ones in `rows`.
+
+        Args:
+            path: a file that `save_state` wrote.
+            rows: None (all), or the row numbers that the file's streams go to, in order.
+            check_weights: whether the weights have to be those that wrote the file.
+
+        Raises:
+            ValueError: if the file is damaged, of another model or other weights, or has another number of rows; the
+                streams are then as they were.
+        """
+        rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
+        state, extras = session.load(path, self.model, check_weights=check_weights)
+        found = int(state.position.offset.shape[0])
+        if found != len(rows):
+            raise ValueError(
+                f"A file's streams go to as many rows; {path} has {found}, received {len(rows)}. Name {found} rows."
+            )
+        self.set_state(state, rows, next_logits=extras.get("next_logits"))
+        self.position[rows] = extras["position"]
+
+    def fork(self, row: int, to):
+        """Copies stream `row` to the rows `to` (a row number or a sequence), which go on from there on their own."""
+        to = self._check_rows([to] if isinstance(to, int) else to)
+        source = self._check_rows([row])
+        self._replace(to, *select_rows((self._state, self.next_logits), np.repeat(source, len(to))))
+        self.position = self.position.copy()
+        self.position[to] = self.position[source[0]]
+
+    def _reset_all(self):
+        self._state, self.next_logits = self._initial_state(self.batch_size), self._initial_logits(self.batch_size)
+        self.position = np.zeros(self.batch_size, "int64")
+
+    def _initial_state(self, count):
+        """The state of new streams: the first memories pass all layers, which takes long operation by operation."""
+        model, key = self.model, ("initial", count)
+        found = self._programs.setdefault(key, 1)
+        if found == COMPILE_RESET_AFTER:
+            found = compiled(lambda: model.get_initial_state(count), lambda: model.variables)
+        elif isinstance(found, int):
+            self._programs[key] = found + 1
+            return model.get_initial_state(count)
+        self._programs[key] = found
+        return found()
+
+    def _initial_logits(self, count):
+        """Logits of rows that have read nothing."""
+        if not hasattr(self.model, "backbone"):
+            return ()
+        return ops.full((count, self.model.output_width), float("nan"), "float32")
+
+    def _replace(self, rows, state, logits):
+        held = self._state, self.next_logits
+        self._state, self.next_logits = replace_rows(held, rows, (state, logits))
+
+    def _check_rows(self, rows):
+        array = np.asarray(rows).reshape(-1)
+        if not array.size or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.batch_size:
+            raise ValueError(f"Rows are numbers from 0 to {self.batch_size - 1}, at least one; received {rows!r}.")
+        if len(set(array.tolist())) != len(array):
+            raise ValueError(f"Each row is named once; received {rows!r}.")
+        return array
+
+    def __repr__(self):
+        backend = keras.backend.backend()
+        return f"<StreamingModel of {self.model.name}: {self.batch_size} streams, backend {backend}>"
