@@ -52,9 +52,9 @@ import numpy as np  # noqa: E402
 import tokenizers  # noqa: E402
 
 import keras_fam  # noqa: E402
+from examples.datasets.austen import austen  # noqa: E402
+from examples.datasets.king_james import king_james  # noqa: E402
 from keras_fam.data import DocumentRows  # noqa: E402
-from keras_fam.data.austen import austen  # noqa: E402
-from keras_fam.data.king_james import king_james  # noqa: E402
 
 
 def make_tokenizer(texts):

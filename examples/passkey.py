@@ -61,9 +61,10 @@ import numpy as np  # noqa: E402
 from passkey_parts import ReadingOn  # noqa: E402
 
 import keras_fam  # noqa: E402
-from keras_fam.data import PassKey, accuracy  # noqa: E402
-from keras_fam.data.passkey import QUESTION  # noqa: E402
+from examples.datasets.python_docs import topics_text  # noqa: E402
 from keras_fam.evaluation import ABLATIONS, ablate_memory  # noqa: E402
+from keras_fam.tasks import PassKey, accuracy  # noqa: E402
+from keras_fam.tasks.passkey import QUESTION  # noqa: E402
 
 MODELS = {
     "normalized": ("FAM (normalized, noise)", {"fam_feedback": "normalized", "fam_noise": ARGS.fam_noise}),
@@ -198,9 +199,9 @@ def plot(table, lengths, path):
 def main():
     started = time.perf_counter()
     task = PassKey(
-        filler=ARGS.filler,
+        topics_text() if ARGS.filler == "prose" else None,
         digits=ARGS.digits,
-        **({"vocabulary_size": ARGS.vocabulary} if ARGS.filler == "prose" else {}),
+        vocabulary_size=ARGS.vocabulary,
         seed=ARGS.seed,
     )
     longest = ARGS.chunk_blocks * ARGS.longest + 1

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_fam.data.passkey import INTRODUCTION, QUESTION, STATEMENT
+from keras_fam.tasks.passkey import INTRODUCTION, QUESTION, STATEMENT
 
 BLOCK, CHUNK = 32, 4  # tokens in a block; blocks in a training step
 BATCH, GROUPS = 32, 4  # rows; groups of them with texts of their own

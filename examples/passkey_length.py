@@ -68,11 +68,12 @@ from passkey_results import by_place, first_below, gather, plot  # noqa: E402
 from passkey_training import Training  # noqa: E402
 
 import keras_fam  # noqa: E402
-from keras_fam.data import PassKey  # noqa: E402
-from keras_fam.data.austen import austen  # noqa: E402
-from keras_fam.data.king_james import king_james  # noqa: E402
+from examples.datasets.austen import austen  # noqa: E402
+from examples.datasets.king_james import king_james  # noqa: E402
+from examples.datasets.python_docs import topics_text  # noqa: E402
 from keras_fam.evaluation import ABLATIONS, ablate_memory  # noqa: E402
 from keras_fam.ops.backend import compiled  # noqa: E402
+from keras_fam.tasks import PassKey  # noqa: E402
 
 MODELS = {
     "recipe": (
@@ -85,7 +86,7 @@ MODELS = {
 
 
 def make_task(seed=0, key_position="anywhere"):
-    return PassKey(digits=ARGS.digits, key_position=key_position, vocabulary_size=400, seed=seed)
+    return PassKey(topics_text(), digits=ARGS.digits, key_position=key_position, vocabulary_size=400, seed=seed)
 
 
 def make_reading(task):
@@ -124,7 +125,7 @@ class Reader:
         return self.model.variables
 
     def answers(self, ids, state):
-        """Greedy answers [B, digits] to a question, under teacher forcing (see `keras_fam.data.accuracy`)."""
+        """Greedy answers [B, digits] to a question, under teacher forcing (see `keras_fam.tasks.accuracy`)."""
         logits = self.logits(ops.convert_to_tensor(ids), state)
         return ops.convert_to_numpy(ops.argmax(logits[:, -ARGS.digits - 1 : -1], axis=-1))
 

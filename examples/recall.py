@@ -57,8 +57,8 @@ import keras  # noqa: E402  (the backend is chosen before)
 import numpy as np  # noqa: E402
 
 import keras_fam  # noqa: E402
-from keras_fam.data import AssociativeRecall  # noqa: E402
 from keras_fam.evaluation import ABLATIONS, StreamScorer, summary  # noqa: E402
+from keras_fam.tasks import AssociativeRecall  # noqa: E402
 
 
 def make_task(name, pairs, **settings):

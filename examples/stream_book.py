@@ -32,7 +32,7 @@ import keras  # noqa: E402  (the backend is chosen before)
 import numpy as np  # noqa: E402
 
 import keras_fam  # noqa: E402
-from keras_fam.data.austen import austen, chapters  # noqa: E402
+from examples.datasets.austen import austen, chapters  # noqa: E402
 
 VOCABULARY = 97  # printable ASCII, the end of a line, and one for all others
 BLOCK, CHUNK = 64, 256

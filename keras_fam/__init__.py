@@ -1,6 +1,6 @@
 """TransformerFAM for Keras 3: feedback attention as working memory (arXiv 2404.09173), on three backends."""
 
-from keras_fam import data, hub, training
+from keras_fam import data, hub, tasks, training
 from keras_fam.distribution.layout_map import layout_map
 from keras_fam.evaluation import MemoryMonitor, StreamScorer, ablate_memory, evaluate, memory_statistics
 from keras_fam.export import export_serving
@@ -41,5 +41,6 @@ __all__ = [
     "layout_map",
     "memory_statistics",
     "model_config",
+    "tasks",
     "training",
 ]

@@ -1,4 +1,4 @@
-"""`keras_fam.data`: documents as contiguous rows, packing, and the tasks beside PassKey."""
+"""`keras_fam.data` and `keras_fam.tasks`: documents as contiguous rows, packing, and the tasks beside PassKey."""
 
 import json
 
@@ -6,20 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_fam.data import (
-    AssociativeRecall,
-    Copy,
-    Document,
-    DocumentRows,
-    PassKey,
-    SeveralKeys,
-    TaskBatches,
-    WordTokenizer,
-    accuracy,
-    example,
-    pack,
-    repeat_segment,
-)
+from keras_fam.data import Document, DocumentRows, TaskBatches, example, pack, repeat_segment
+from keras_fam.tasks import AssociativeRecall, Copy, PassKey, SeveralKeys, WordTokenizer, accuracy
 
 B, C = 3, 4
 TEXT = ["One day the cat sat on the mat. What is the key?", "The dog ran home. The key of all is here."]
@@ -99,9 +87,9 @@ def test_a_place_is_json_and_goes_on():
         again[7]
     again.advance(7)
     assert (again.position, len(again)) == (20, 10)
-    with pytest.raises(ValueError, match="Make the dataset as it was"):
+    with pytest.raises(ValueError, match="belongs to a dataset with other settings"):
         DocumentRows(documents(), B, C, seed=1, steps_per_epoch=10).load_state_dict(place)
-    with pytest.raises(ValueError, match="Batches from 20 on are known"):
+    with pytest.raises(ValueError, match="starts at batch 20"):
         again.batch_at(3)
     with pytest.raises(TypeError, match="no length"):
         len(DocumentRows(documents(), B, C))
@@ -188,13 +176,14 @@ def test_repeated_segment():
 def tasks():
     return [
         SeveralKeys(num_keys=3, num_questions=2, digits=2, documents=TEXT, held_out=0.5),
+        SeveralKeys(num_keys=3, num_questions=2, digits=2),
         AssociativeRecall(num_pairs=5, num_keys=3, num_questions=2, key_length=2, value_length=3, symbols=4),
         AssociativeRecall(num_pairs=4, spread=8),
         Copy(length=5, symbols=3),
     ]
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_tasks_state_what_they_ask_for(number):
     """Shapes, targets and weights; seeds; and the answers, found again in the tokens by a reader of its own."""
     task = tasks()[number]
@@ -264,8 +253,13 @@ def test_rewriting():
     for changes in ({"num_pairs": 20, "symbols": 4}, {"num_keys": 9}, {"spread": 3}, {"symbols": 1}):
         with pytest.raises(ValueError):
             AssociativeRecall(**changes)
+    for changes in ({"num_questions": 5}, {"key_length": 0}, {"value_length": 0}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            AssociativeRecall(**changes)
     with pytest.raises(ValueError, match="num_questions"):
         SeveralKeys(num_keys=2, num_questions=3)
+    with pytest.raises(ValueError, match="different words"):
+        SeveralKeys(num_keys=2, names=("amber", "amber"))
     with pytest.raises(ValueError, match="one word"):
         SeveralKeys(tokenizer=WordTokenizer.from_documents(TEXT), documents=TEXT, held_out=0.5)
 

@@ -11,9 +11,10 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from keras_fam.data import PassKey, WordTokenizer, accuracy, prose, split, topics_text
-from keras_fam.data.passkey import PAPER_FILLER, QUESTION
-from keras_fam.data.prose import clean_paragraph
+import keras_fam
+from examples.datasets.python_docs import clean_paragraph, topics_text
+from keras_fam.tasks import PassKey, SeveralKeys, WordTokenizer, accuracy, split_documents
+from keras_fam.tasks.passkey import PAPER_FILLER, QUESTION
 
 FIELDS = ("token_ids", "targets", "loss_weights")
 
@@ -24,14 +25,15 @@ def documents():
 
 
 @pytest.fixture(scope="module")
-def task():
-    return PassKey(seed=3)
+def task(documents):
+    return PassKey(documents, seed=3)
 
 
 @pytest.fixture(scope="module", params=["prose start", "prose anywhere", "paper start", "paper anywhere"])
-def any_task(request):
+def any_task(request, documents):
     filler, key_position = request.param.split()
-    return PassKey(filler=filler, key_position=key_position, digits=4, vocabulary_size=1000, filler_weight=0.25)
+    documents = documents if filler == "prose" else None
+    return PassKey(documents, key_position=key_position, digits=4, vocabulary_size=1000, filler_weight=0.25)
 
 
 def windows(ids, length):
@@ -58,12 +60,28 @@ def test_clean_paragraph():
 
 
 def test_split(documents):
-    train, held_out = split(documents, 0.2)
+    train, held_out = split_documents(documents, 0.2)
     assert set(train).isdisjoint(held_out)
     assert sorted(train + held_out) == sorted(documents)
     assert 0.15 < sum(map(len, held_out)) / sum(map(len, documents)) <= 0.2
-    assert split(documents[::-1], 0.2) == (train, held_out)
-    assert split(documents, 0.2, seed=1) != (train, held_out)
+    assert split_documents(documents[::-1], 0.2) == (train, held_out)
+    assert split_documents(documents, 0.2, seed=1) != (train, held_out)
+
+
+def test_wrong_documents():
+    """A str is no list of documents; a split needs two documents, and tokens on either side."""
+    for task in (PassKey, SeveralKeys, split_documents):
+        with pytest.raises(TypeError, match="must be a list of str"):
+            task("One text. Another text.")
+        with pytest.raises(TypeError, match="int at index 1"):
+            task(["One text.", 7])
+        with pytest.raises(ValueError, match="two different documents"):
+            task(["One text.", "One text."])
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            task(["One text.", "Another text."], held_out=1.0)
+    for task in (PassKey, SeveralKeys):
+        with pytest.raises(ValueError, match="has no tokens"):
+            task(["One text.", " "], held_out=0.5)
 
 
 def test_nothing_depends_on_the_hash_seed():
@@ -71,21 +89,24 @@ def test_nothing_depends_on_the_hash_seed():
         import sys, types, zlib
         sys.modules["keras_fam"] = types.ModuleType("keras_fam")  # without its __init__, which imports all
         sys.modules["keras_fam"].__path__ = [sys.argv[1]]
-        from keras_fam.data import PassKey
-        task = PassKey()
+        from keras_fam.tasks import PassKey
+        from examples.datasets.python_docs import topics_text
+        task = PassKey(topics_text())
         print(zlib.crc32(task.batch(2, 9000, seed=0)["token_ids"].tobytes() + repr(task.tokenizer.vocabulary).encode()))
     """
-    command = [sys.executable, "-c", code, str(pathlib.Path(prose.__file__).parents[1])]
-    environments = [{**os.environ, "PYTHONHASHSEED": hash_seed} for hash_seed in ("1", "2")]
+    folder = pathlib.Path(keras_fam.__file__).parent
+    command = [sys.executable, "-c", code, str(folder)]
+    own = {**os.environ, "PYTHONPATH": str(folder.parent)}
+    environments = [{**own, "PYTHONHASHSEED": hash_seed} for hash_seed in ("1", "2")]
     first, second = (subprocess.run(command, env=env, capture_output=True, check=True) for env in environments)
     assert first.stdout == second.stdout != b""
 
 
-def test_held_out_text_is_not_in_the_training_text(task):
+def test_held_out_text_is_not_in_the_training_text(task, documents):
     """Not under another name either: hardly any run of 16 tokens is in both parts."""
     known = set(windows(task._source("train"), 16))
     assert np.mean([window in known for window in windows(task._source("held_out"), 16)]) < 0.01
-    uncapped = PassKey(vocabulary_size=None)  # has all words of the training text and no others
+    uncapped = PassKey(documents, vocabulary_size=None)  # has all words of the training text and no others
     assert [uncapped.tokenizer.unk_id in uncapped._source(name) for name in ("train", "held_out")] == [False, True]
 
 
@@ -112,7 +133,7 @@ def test_vocabulary_is_capped_and_ranked_with_ties_by_alphabet():
     assert tokenizer.digit_ids.tolist() == tokenizer.encode("0123456789").tolist()
     with pytest.raises(ValueError, match="at least 14"):
         WordTokenizer.from_documents(["a"], 13, required=["zebra"])
-    for vocabulary, message in (([*tokenizer.vocabulary, "a"], "repeated"), (["a"], "starts with")):
+    for vocabulary, message in (([*tokenizer.vocabulary, "a"], "repeated"), (["a"], "must start with")):
         with pytest.raises(ValueError, match=message):
             WordTokenizer(vocabulary)
 
@@ -190,13 +211,13 @@ def test_filler_is_a_contiguous_window_of_the_right_split(task, name):
 
 
 def test_paper_filler():
-    paper = PassKey(filler="paper", digits=3)
+    paper = PassKey(digits=3)
     assert paper.vocabulary_size < 80
     assert 2 * (" " + PAPER_FILLER.lower()) in paper.tokenizer.decode(paper.batch(1, 48)["token_ids"])
 
 
 def test_one_tokenizer_serves_both_fillers(task):
-    other = PassKey(filler="paper", tokenizer=task.tokenizer)
+    other = PassKey(tokenizer=task.tokenizer)
     assert other.vocabulary_size == task.vocabulary_size == 2000
     assert task.tokenizer.unk_id not in other.batch(2, 300)["token_ids"]
     with pytest.raises(ValueError, match="does not know"):
@@ -211,7 +232,7 @@ def test_seeds(task):
     assert (ids(seed=7) != ids(seed=8)).any()
     assert (ids(seed=7, split="held_out")[:, -5:] != ids(seed=7)[:, -5:]).any()
     assert (ids(seed=(generator := np.random.default_rng(0))) != ids(seed=generator)).any()
-    tasks = [PassKey(filler="paper", seed=seed) for seed in (11, 11, 12)]
+    tasks = [PassKey(seed=seed) for seed in (11, 11, 12)]
     runs = [[own.batch(2, 9)["keys"].tolist() for _ in range(2)] for own in tasks]
     assert runs[0] == runs[1] != runs[2] and runs[0][0] != runs[0][1]
 

@@ -9,7 +9,8 @@ from keras import ops
 from support import close, numpy
 
 import keras_fam
-from keras_fam.data import AssociativeRecall, DocumentRows, TaskBatches
+from keras_fam.data import DocumentRows, TaskBatches
+from keras_fam.tasks import AssociativeRecall
 from keras_fam.training import Curriculum, DatasetPosition, SaveProgress
 from keras_fam.training.stateful import chunks_of
 

@@ -10,10 +10,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
-    *("ops.torch_graph", "ops.backend", "state", "distribution.state_sharding", "ops", "utils", "layers", "baselines"),
-    *("streaming.session", "streaming.sampling", "streaming.generation", "training.dataset_position"),
-    *("training.stateful", "streaming", "models", "training", "distribution", "data", "testing", "evaluation"),
-    *("export", "hub", ""),
+    *("ops.torch_graph", "ops.backend", "state", "distribution.state_sharding", "ops", "utils", "tasks"),
+    *("layers", "baselines", "streaming.session", "streaming.sampling", "streaming.generation"),
+    *("training.dataset_position", "training.stateful", "streaming", "models", "training", "distribution", "data"),
+    *("testing", "evaluation", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/torch_graph.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}

@@ -1,4 +1,4 @@
-"""Texts that packages ship: read from their own formats, and a clear message where they cannot be fetched."""
+"""Texts of the examples: read from their own formats, and a clear message where they cannot be fetched."""
 
 import shutil
 import struct
@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from keras_fam.data import austen, debian, king_james
+from examples.datasets import austen, debian, king_james
 
 
 def record(lines):

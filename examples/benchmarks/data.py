@@ -19,7 +19,9 @@ import keras
 import numpy as np
 
 import keras_fam
-from keras_fam.data import AssociativeRecall, Copy, DocumentRows, PassKey, SeveralKeys, TaskBatches, pack
+from examples.datasets.python_docs import topics_text
+from keras_fam.data import DocumentRows, TaskBatches, pack
+from keras_fam.tasks import AssociativeRecall, Copy, PassKey, SeveralKeys
 
 
 def arguments():
@@ -40,8 +42,8 @@ def pipelines(args):
     texts = [rng.integers(1, 2000, n) for n in rng.integers(1_000, 100_000, 100)]
     short = [rng.integers(1, 2000, n) for n in rng.integers(20, 400, 20_000)]
     tasks = {
-        "PassKey": PassKey(),
-        "several keys": SeveralKeys(),
+        "PassKey": PassKey(topics_text()),
+        "several keys": SeveralKeys(topics_text()),
         "associative recall": AssociativeRecall(num_pairs=8, num_keys=4),
         "copy": Copy(length=16),
     }

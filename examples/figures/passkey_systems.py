@@ -56,8 +56,9 @@ if "--out" not in rest:
 import keras  # noqa: E402
 
 import keras_fam  # noqa: E402
-from keras_fam.data import PassKey  # noqa: E402
+from examples.datasets.python_docs import topics_text  # noqa: E402
 from keras_fam.evaluation import ABLATIONS, StreamScorer, summary  # noqa: E402
+from keras_fam.tasks import PassKey  # noqa: E402
 
 
 def exact(model, task, blocks, how=None):
@@ -118,8 +119,8 @@ def plot(found, path):
 
 def make_task():
     """The task that the options describe."""
-    size = {"vocabulary_size": ARGS.vocabulary} if ARGS.filler == "prose" else {}
-    return PassKey(filler=ARGS.filler, digits=ARGS.digits, seed=ARGS.seed, **size)
+    documents = topics_text() if ARGS.filler == "prose" else None
+    return PassKey(documents, digits=ARGS.digits, vocabulary_size=ARGS.vocabulary, seed=ARGS.seed)
 
 
 def main():

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from keras_fam.data.austen import austen, chapters
+from examples.datasets.austen import austen, chapters
 
 TRAINING = ("sense and sensibility", "pride and prejudice", "mansfield park", "emma")
 HELD_OUT = ("northanger abbey", "persuasion")

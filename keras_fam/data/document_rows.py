@@ -1,7 +1,7 @@
-"""Long documents as contiguous rows: what row b of one batch reads, row b of the next one goes on with.
+"""Long documents as contiguous rows: row b of a batch continues row b of the batch before.
 
-Shuffled pieces of text teach no memory (the paper calls it the curse of IID). Here a document stays in its row until
-it ends; a flag says where a row starts another, and training with carried state (`StreamingModel.fit`) does the rest.
+Shuffled pieces of text teach no memory (the paper calls it the curse of IID). Here a document stays in its row until it
+ends; `reset` marks the rows that start another one, and `StreamingModel.fit` carries the state.
 """
 
 from typing import Any, NamedTuple
@@ -10,17 +10,17 @@ import numpy as np
 
 from keras_fam.data.resumable import ResumableDataset, check_shard
 
-_KEPT = 256  # places that are remembered, so that looking ahead or back costs little
+_KEPT = 256  # places that are cached, so that access near one of them is cheap
 _TURN, _OFFSET, _END, _FRESH = range(4)  # columns of a place
 
 
 class Document(NamedTuple):
-    """A text to be read from its start to its end.
+    """A text that is read from start to end.
 
     Attributes:
-        token_ids: int `[T]`, T ≥ 2.
-        weights: None (all 1), or float `[T]`: the loss weight of each token as something to be predicted. The first
-            one has no use, since nothing stands before it.
+        token_ids: int `[T]`, T >= 2.
+        weights: None (all 1), or float `[T]`, the loss weight of each token as a target. The first one is not used,
+            since no token predicts it.
     """
 
     token_ids: Any
@@ -28,7 +28,7 @@ class Document(NamedTuple):
 
 
 class DocumentRows(ResumableDataset):
-    """Documents, dealt to the rows of successive batches.
+    """Documents, assigned to the rows of successive batches round-robin.
 
     ```python
     rows = keras_fam.data.DocumentRows(books, batch_size=8, chunk_tokens=4 * block_size, steps_per_epoch=100)
@@ -37,29 +37,30 @@ class DocumentRows(ResumableDataset):
     ```
 
     A batch is `({"token_ids": int32 [B, C], "reset": bool [B]}, targets int32 [B, C], weights float32 [B, C])`. Targets
-    are the next tokens of the same document. The last chunk of a document is filled up with `pad_id` at weight 0, so
-    that every document starts at a chunk, and whole blocks stay whole.
+    are the next tokens of the same document. The last chunk of a document is padded with `pad_id` at weight 0, so that
+    every document starts at the start of a chunk and blocks stay aligned.
 
-    The documents of every pass are shuffled anew and dealt one by one to all rows of all shards, so that each is read
-    once a pass, also where there are fewer documents than rows. A row that is through goes on with its next document.
+    Each pass shuffles the documents and assigns them one by one to all rows of all shards, so that each document is
+    read once per pass, even if there are fewer documents than rows. A row that reaches the end of a document continues
+    with its next one.
 
     Args:
         documents: a sequence (`len` and `[i]`, so it may load from disk) of int `[T]` token ids or `Document`s.
-        batch_size: B, rows of this shard.
-        chunk_tokens: C, tokens of a row in a batch; whole blocks save work.
-        longest: None, or the tokens after which a row starts anew within a document. May be set later, at best
-            between epochs, as `keras_fam.training.Curriculum` does: it holds for what rows start from then on.
-        shuffle: whether the order of documents is drawn from `seed`, for each pass; else it is theirs.
+        batch_size: int, B, rows of this shard.
+        chunk_tokens: int, C, tokens per row and batch; a multiple of the block size is fastest.
+        longest: None, or int, tokens after which a row is reset within a document. May be changed between epochs, as
+            `keras_fam.training.Curriculum` does; the new value applies to pieces that start later.
+        shuffle: bool, whether the order of each pass is drawn from `seed`; otherwise that of `documents`.
         seed: int.
-        shard: `(index, count)`: which of `count` processes this is. Together they read what one with B · count rows
-            would.
-        passes: None (no end), or how often the documents are read; rows that are through get padding at weight 0, and
-            `steps_per_epoch` is the number of batches until all are.
-        pad_id: id of the padding.
+        shard: `(index, count)`, the index of this process among `count` processes. Together they read what one dataset
+            with B · count rows reads.
+        passes: None (no end), or int, how often all documents are read. Rows that are finished get padding at weight
+            0, and `steps_per_epoch` is the number of batches until all rows are finished.
+        pad_id: int, token id of the padding.
         steps_per_epoch, **kwargs: see `ResumableDataset`.
 
     Raises:
-        ValueError: for sizes below 1, no documents, or a document with fewer than 2 tokens (when it is read).
+        ValueError: for sizes below 1, no documents, or a document with fewer than two tokens (when it is read).
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class DocumentRows(ResumableDataset):
         super().__init__(steps_per_epoch, **kwargs)
         for name, size in (("batch_size", batch_size), ("chunk_tokens", chunk_tokens), ("passes", passes or 1)):
             if size < 1:
-                raise ValueError(f"`{name}` is at least 1; received {size}.")
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size}")
         if not len(documents):
-            raise ValueError("`documents` holds at least one document; received none.")
+            raise ValueError("`documents` must contain at least one document. Received none.")
         self.documents, self.batch_size, self.chunk_tokens = documents, batch_size, chunk_tokens
         self.shuffle, self.seed, self.shard, self.passes, self.pad_id = (
             shuffle,
@@ -111,7 +112,7 @@ class DocumentRows(ResumableDataset):
         self._places, self._longest = {self.position: place}, tokens
 
     def batch_at(self, number):
-        """Batch `number` since the start: any number, at the cost of the batches since one that was asked before."""
+        """Batch `number` since the start. Access is random; its cost grows with the distance to cached batches."""
         place = self._place_at(number)
         shape = (self.batch_size, self.chunk_tokens)
         tokens, targets = np.full(shape, self.pad_id, "int32"), np.full(shape, self.pad_id, "int32")
@@ -145,7 +146,7 @@ class DocumentRows(ResumableDataset):
         return np.array([self._open_turn(first + row) for row in range(self.batch_size)], "int64")
 
     def _open_turn(self, turn):
-        """Place of a row at the start of the document that is dealt at `turn`; past the last pass it has none."""
+        """Place of a row at the start of the document number `turn` of all passes; empty after the last pass."""
         if self.passes is not None and turn >= self.passes * len(self.documents):
             return turn, 0, 0, 1
         return turn, 0, self._piece_end(0, self._readable(turn)), 1
@@ -154,10 +155,12 @@ class DocumentRows(ResumableDataset):
         return readable if self._longest is None else min(readable, offset + self._longest)
 
     def _place_at(self, number):
-        """int64 `[B, 4]` before batch `number`: the row's turn, tokens read, end of the piece, whether it starts."""
+        """int64 `[B, 4]` before batch `number`: each row's turn, offset, end of its piece, whether it starts here."""
         known = [at for at in list(self._places) if at <= number]
         if not known:
-            raise ValueError(f"Batches from {min(self._places)} on are known since the place was loaded, not {number}.")
+            raise ValueError(
+                f"A dataset whose place was loaded starts at batch {min(self._places)}. Received: number={number}"
+            )
         at = max(known)
         place = self._places[at]
         for step in range(at, number):
@@ -172,7 +175,7 @@ class DocumentRows(ResumableDataset):
         rows = self.batch_size * self.shard[1]
         place = place.copy()
         place[:, _OFFSET] = np.minimum(place[:, _OFFSET] + self.chunk_tokens, place[:, _END])
-        place[:, _FRESH] = place[:, _END] == 0  # rows without a document start anew all the time
+        place[:, _FRESH] = place[:, _END] == 0  # rows without a document are reset at every batch
         for row in np.flatnonzero((place[:, _OFFSET] == place[:, _END]) & (place[:, _END] > 0)):
             turn, offset = place[row, _TURN], place[row, _OFFSET]
             readable = self._readable(turn)
@@ -185,7 +188,7 @@ class DocumentRows(ResumableDataset):
     # Documents --------------------------------------------------------------------------------------------------
 
     def _index(self, turn):
-        """Number of the document that is dealt at `turn`."""
+        """Index in `documents` of the document number `turn` of all passes."""
         a_pass, index = divmod(int(turn), len(self.documents))
         if not self.shuffle:
             return index
@@ -196,11 +199,11 @@ class DocumentRows(ResumableDataset):
         return int(self._orders[a_pass][index])
 
     def _readable(self, turn):
-        """Tokens that have a next one."""
+        """Tokens of a document that have a next token."""
         return len(self._open(self._index(turn))[0]) - 1
 
     def _open(self, index):
-        """`(ids, weights or None)` of a document; those of the last few are kept."""
+        """`(ids, weights or None)` of a document; the last few are cached."""
         found = self._opened.get(index)
         if found is None:
             document = self.documents[index]
@@ -208,8 +211,9 @@ class DocumentRows(ResumableDataset):
             ids, weights = np.asarray(ids), None if weights is None else np.asarray(weights, "float32")
             if ids.ndim != 1 or len(ids) < 2 or (weights is not None and weights.shape != ids.shape):
                 raise ValueError(
-                    f"A document is at least 2 token ids [T], and weights [T] if any; received shape {ids.shape}"
-                    f"{'' if weights is None else f' and {weights.shape}'} for number {index}. Leave it out."
+                    "A document must have at least 2 token ids [T], and weights of that shape, if any. Received: shape "
+                    f"{ids.shape}{'' if weights is None else f' and {weights.shape}'} for document {index}. "
+                    "Leave it out."
                 )
             if len(self._opened) > 2 * self.batch_size:
                 self._opened.clear()
@@ -219,4 +223,4 @@ class DocumentRows(ResumableDataset):
     @staticmethod
     def _check_longest(tokens):
         if tokens is not None and tokens < 1:
-            raise ValueError(f"`longest` is None or a number of tokens; received {tokens}.")
+            raise ValueError(f"`longest` must be None or a positive integer. Received: longest={tokens}")

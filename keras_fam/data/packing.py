@@ -9,9 +9,15 @@ def example(prompt, answer, prompt_weight=0.0, answer_weight=1.0):
     """A `Document` of a prompt (weight 0) and its answer (weight 1).
 
     Args:
-        prompt: int `[P]` token ids.
-        answer: int `[A]` token ids.
-        prompt_weight, answer_weight: loss weights of their tokens.
+        prompt: int `[P]`, token ids.
+        answer: int `[A]`, token ids.
+        prompt_weight, answer_weight: float, loss weights of their tokens.
+
+    Example:
+
+    ```python
+    document = keras_fam.data.example(prompt=[5, 6, 7], answer=[8, 9])
+    ```
     """
     ids = np.concatenate([np.asarray(prompt, "int32"), np.asarray(answer, "int32")])
     weights = np.repeat(np.array([prompt_weight, answer_weight], "float32"), [len(prompt), len(answer)])
@@ -19,18 +25,25 @@ def example(prompt, answer, prompt_weight=0.0, answer_weight=1.0):
 
 
 def pack(examples, length, pad_id=None):
-    """Packs whole examples one behind the other, without a mask between them, as the paper does.
+    """Concatenates whole examples, without a mask between them, as the paper does.
 
     Args:
-        examples: iterable of `Document`s or int `[T]` token ids, in the order in which they are packed.
-        length: tokens that a packed document has at most (8.5k in the paper).
-        pad_id: None (packed documents may be shorter), or the id that fills them up, at weight 0.
+        examples: iterable of `Document`s or int `[T]` token ids, packed in this order.
+        length: int, the most tokens of a packed document (8.5k in the paper).
+        pad_id: None (packed documents may be shorter), or int, the token id that pads them to `length`, at weight 0.
 
     Returns:
         A list of `Document`s.
 
     Raises:
-        ValueError: for an example that is longer than `length`.
+        ValueError: if an example is longer than `length`.
+
+    Example:
+
+    ```python
+    documents = keras_fam.data.pack([[1, 2, 3], [4, 5]], length=8)
+    rows = keras_fam.data.DocumentRows(documents, batch_size=1, chunk_tokens=4)
+    ```
     """
     packed, ids, weights, size = [], [], [], 0
 
@@ -45,8 +58,8 @@ def pack(examples, length, pad_id=None):
         tokens = np.asarray(tokens, "int32")
         if len(tokens) > length:
             raise ValueError(
-                f"Examples are packed whole; number {number} has {len(tokens)} tokens, and `length` is {length}. Cut "
-                "it, or raise `length`."
+                f"Examples are packed whole, so each must have at most `length` tokens. Received: length={length} and "
+                f"{len(tokens)} tokens in example {number}. Cut the example, or raise `length`."
             )
         if size + len(tokens) > length:
             close()
@@ -59,17 +72,23 @@ def pack(examples, length, pad_id=None):
 
 
 def repeat_segment(document, marker, length=256, weight=0.1, seed=0):
-    """A document with a random segment of its own repeated at the end: something to remember in any text (Sec. 3.1).
+    """A document that ends with a copy of a random segment of itself: something to remember in any text (Sec. 3.1).
 
     Args:
         document: a `Document` or int `[T]` token ids.
-        marker: int `[M]` token ids between the two (the paper's reads `[repeat random segment]:`), at weight 0.
-        length: consecutive tokens that are repeated; all, where the document is shorter.
-        weight: loss weight of the repeated tokens.
-        seed: int, or a sequence of ints such as `(seed, number of the document)`.
+        marker: int `[M]`, token ids before the copy (`[repeat random segment]:` in the paper), at weight 0.
+        length: int, consecutive tokens to repeat; all, if the document is shorter.
+        weight: float, loss weight of the repeated tokens.
+        seed: int, or a sequence of ints such as `(seed, index of the document)`.
 
     Returns:
         A `Document` of T + M + `length` tokens.
+
+    Example:
+
+    ```python
+    document = keras_fam.data.repeat_segment(range(100), marker=[1], length=10)
+    ```
     """
     ids, own = document if isinstance(document, Document) else (document, None)
     ids = np.asarray(ids, "int32")

@@ -1,4 +1,4 @@
-"""Datasets whose place is one number: so `fit` reads on, and a resumed run goes on where the last one was."""
+"""Datasets whose position is one number, so that `fit` and a resumed run continue where the last call stopped."""
 
 import itertools
 
@@ -7,62 +7,64 @@ import numpy as np
 
 
 class ResumableDataset(keras.utils.PyDataset):
-    """A `keras.utils.PyDataset` of batches that follow from their number alone, with a place that can be saved.
+    """A `keras.utils.PyDataset` whose batches depend on their number alone, with a position that can be saved.
 
-    Index i of Keras is batch `position + i`. Nothing moves by being read, since Keras may look ahead: `position` is
+    Index i of Keras is batch `position + i`. Reading does not move the position, since Keras may look ahead: it is
     moved by `StreamingModel.fit`, by the callback `keras_fam.training.DatasetPosition` for other models, or by
-    `advance`. Subclasses write `batch_at`, and put what else their batches depend on into `settings` (which has to be
-    the same when a saved place is loaded) or into `saved` and `restore` (which may change).
+    `advance`. Subclasses implement `batch_at`, and list what else their batches depend on in `settings` (which must be
+    equal when a saved position is loaded) or in `saved` and `restore` (which may change).
 
     Args:
-        steps_per_epoch: batches in an epoch; None for no end (`fit` then takes `steps_per_epoch`).
+        steps_per_epoch: None (no end; `fit` then needs `steps_per_epoch`), or int, batches per epoch.
         **kwargs: `workers`, `use_multiprocessing`, `max_queue_size` of `PyDataset`.
 
     Attributes:
-        position: int, batches that training has taken.
+        position: int, batches that training has used.
     """
 
     def __init__(self, steps_per_epoch=None, **kwargs):
         super().__init__(**kwargs)
         if steps_per_epoch is not None and (not isinstance(steps_per_epoch, int) or steps_per_epoch < 1):
-            raise ValueError(f"`steps_per_epoch` is None or a number of batches; received {steps_per_epoch!r}.")
+            raise ValueError(
+                f"`steps_per_epoch` must be None or a positive integer. Received: steps_per_epoch={steps_per_epoch!r}"
+            )
         self.steps_per_epoch, self.position = steps_per_epoch, 0
 
     def batch_at(self, number):
-        """Batch `number`, counted from the start of training."""
+        """Batch `number`, counted from the start of training (from 0)."""
         raise NotImplementedError
 
     def settings(self):
-        """JSON-able dict of what the batches depend on and what never changes."""
+        """Everything constant that the batches depend on, as a JSON-serializable dict."""
         return {"steps_per_epoch": self.steps_per_epoch}
 
     def saved(self, number):
-        """JSON-able dict of what the batches from `number` on depend on and what may change."""
+        """Everything variable that the batches from `number` on depend on, as a JSON-serializable dict."""
         return {}
 
     def restore(self, number, saved):
-        """Takes over what `saved(number)` gave."""
+        """Sets what `saved(number)` returned."""
 
     # Keras ------------------------------------------------------------------------------------------------------
 
     @property
     def epoch(self):
-        """int, the epoch that `position` lies in (0 without end)."""
+        """int, the epoch of `position` (0 without `steps_per_epoch`)."""
         return self.position // self.steps_per_epoch if self.steps_per_epoch else 0
 
     @property
     def num_batches(self):
-        """Batches left in this epoch; None without end. A new epoch is whole again."""
+        """int, batches left in this epoch; None without `steps_per_epoch`."""
         return self.steps_per_epoch and self.steps_per_epoch - self.position % self.steps_per_epoch
 
     def __len__(self):
         if self.steps_per_epoch is None:
-            raise TypeError("A dataset without end has no length; give it `steps_per_epoch`.")
+            raise TypeError("A dataset without `steps_per_epoch` has no length. Set `steps_per_epoch`.")
         return self.num_batches
 
     def __getitem__(self, index):
         if self.steps_per_epoch and not 0 <= index < self.num_batches:
-            raise IndexError(f"This epoch has {self.num_batches} batches left; received index {index}.")
+            raise IndexError(f"This epoch has {self.num_batches} batches left. Received: index={index}")
         return self.batch_at(self.position + int(index))
 
     def __iter__(self):
@@ -70,40 +72,40 @@ class ResumableDataset(keras.utils.PyDataset):
         for i in itertools.count() if number is None else range(number):
             yield self[i]
 
-    # Place ------------------------------------------------------------------------------------------------------
+    # Position ---------------------------------------------------------------------------------------------------
 
     def advance(self, batches):
-        """Moves on by `batches` (int) batches."""
+        """Moves the position by `batches` (int) batches."""
         self.load_state_dict(self.state_dict(batches))
 
     def state_dict(self, batches=0):
-        """The place `batches` batches behind `position`, as a dict that JSON can hold."""
+        """The position after `batches` more batches, as a JSON-serializable dict."""
         number = self.position + int(batches)
         return {"position": number, "settings": self.settings(), **self.saved(number)}
 
     def load_state_dict(self, state):
-        """Takes a place that `state_dict` gave.
+        """Moves to a position that `state_dict` returned.
 
         Raises:
-            ValueError: if it is the place of a dataset with other settings; this one is then as it was.
+            ValueError: if it belongs to a dataset with other settings. This dataset is then unchanged.
         """
         own, theirs = self.settings(), state.get("settings")
         if own != theirs:
             raise ValueError(
-                f"A place belongs to a dataset with its settings; this one has {own}, the saved one {theirs}. Make the "
-                "dataset as it was."
+                f"The position belongs to a dataset with other settings. Expected: {own}. Received: {theirs}. Create "
+                "the dataset with the settings that it was saved with."
             )
         self.restore(state["position"], {k: v for k, v in state.items() if k not in ("position", "settings")})
         self.position = int(state["position"])
 
     def to_tf_dataset(self, fixed_length=True):
-        """The batches from `position` on, to the end of the epoch, as a `tf.data.Dataset`.
+        """The batches from `position` to the end of the epoch, as a `tf.data.Dataset`.
 
-        It is read from where `position` stands then, and has as many batches as are left now: within a broken epoch,
-        make one for the rest of it, and another for whole epochs.
+        Each iteration starts at the current `position` and has as many batches as are left now. To resume within an
+        epoch, make one dataset for the rest of that epoch, and another one for the epochs that follow.
 
         Args:
-            fixed_length: whether all batches have the first one's number of tokens; False leaves axis 1 open.
+            fixed_length: bool, whether all batches have as many tokens as the first one; False leaves axis 1 open.
 
         Raises:
             ImportError: without TensorFlow.
@@ -119,8 +121,8 @@ class ResumableDataset(keras.utils.PyDataset):
 
 
 def check_shard(shard):
-    """`(index, count)` of a shard; ValueError unless 0 ≤ index < count."""
+    """`(index, count)` of a shard, as ints; ValueError unless 0 <= index < count."""
     index, count = shard
     if not 0 <= index < count:
-        raise ValueError(f"`shard` is (index, count) with 0 ≤ index < count; received {tuple(shard)}.")
+        raise ValueError(f"`shard` must be (index, count) with 0 <= index < count. Received: shard={tuple(shard)}")
     return int(index), int(count)

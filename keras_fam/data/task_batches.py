@@ -1,4 +1,4 @@
-"""Batches of a task, made when they are asked for, each from its own seed."""
+"""Batches of a task, generated on demand, each from its own seed."""
 
 import numpy as np
 
@@ -8,20 +8,28 @@ from keras_fam.data.resumable import ResumableDataset, check_shard
 class TaskBatches(ResumableDataset):
     """Batches `(token_ids, targets, loss_weights)` of a task, `[B, T]` each, for `fit`.
 
-    Batch n of shard i is `task.batch(batch_size, total_tokens=blocks * block_size, seed=...)` with a seed made of
+    Batch n of shard i is `task.batch(batch_size, total_tokens=blocks * block_size, seed=...)` with a seed derived from
     `seed`, i and n alone.
 
     Args:
-        task: `PassKey`, `SeveralKeys`, `AssociativeRecall`, `Copy`, or any object with their `batch`.
-        batch_size: B.
-        block_size: S.
-        blocks: int, blocks in a sequence: T is `blocks · block_size`. May be set between epochs, as
-            `keras_fam.training.Curriculum` does. On TensorFlow, Keras fixes T with the first batches of a `PyDataset`:
-            pass `to_tf_dataset(fixed_length=False)` to `fit` there if it is to change.
+        task: a task of `keras_fam.tasks`, or any object with such a `batch`.
+        batch_size: int, B.
+        block_size: int, S.
+        blocks: int, blocks per sequence: T is `blocks · block_size`. May be changed between epochs, as
+            `keras_fam.training.Curriculum` does. On TensorFlow, Keras fixes T to that of the first batches of a
+            `PyDataset`: pass `to_tf_dataset(fixed_length=False)` to `fit` there.
         seed: int.
         shard: `(index, count)`, see `DocumentRows`.
         split: `"train"` or `"held_out"`, see the task.
         steps_per_epoch, **kwargs: see `ResumableDataset`.
+
+    Example:
+
+    ```python
+    task = keras_fam.tasks.AssociativeRecall(num_pairs=4)
+    batches = keras_fam.data.TaskBatches(task, batch_size=8, block_size=16, blocks=4, steps_per_epoch=100)
+    lm.fit(batches)
+    ```
     """
 
     def __init__(

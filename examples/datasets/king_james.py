@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 
-from keras_fam.data.debian import unpack
+from examples.datasets.debian import unpack
 
 PACKAGES = ("bible-kjv", "bible-kjv-text")
 _VERSE = re.compile(r"^(\d?[A-Za-z]+)(\d+):(\d+) (.*)$")

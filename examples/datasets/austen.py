@@ -9,7 +9,7 @@ import re
 import struct
 import zlib
 
-from keras_fam.data.debian import unpack
+from examples.datasets.debian import unpack
 
 PACKAGE = "r-cran-janeaustenr"
 DATABASE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
