@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import close, numpy
+from support import close, numpy, quick_compile
 
 import keras_fam
 from keras_fam.ops.backend import value_and_gradient
@@ -32,10 +32,10 @@ class Chunks(keras.utils.PyDataset):
         return {"token_ids": tokens, "reset": np.array([False, i == self.reset])}, targets
 
 
-def make_lm(**settings):
+def make_lm(num_layers=2, **settings):
     keras.utils.set_random_seed(0)
     backbone = keras_fam.TransformerFAMBackbone(
-        V, 2, 16, 2, 32, block_size=S, memory_segments=1, fam_length=2, **settings
+        V, num_layers, 16, 2, 32, block_size=S, memory_segments=1, fam_length=2, **settings
     )
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.build()
@@ -46,6 +46,16 @@ def make_stream(optimizer=None, **compile_options):
     stream = keras_fam.StreamingModel(make_lm(), B)
     stream.compile(optimizer or keras.optimizers.SGD(0.5), **compile_options)
     return stream
+
+
+def batches():
+    """The chunks as a generator: Keras learns how many there are when they end."""
+    return ((TOKENS[:, part], TARGETS[:, part]) for part in CHUNKS)
+
+
+def draws(generator):
+    """How many seeds a generator has given."""
+    return int(numpy(generator.state)[1])
 
 
 def cross_entropy(logits, targets):
@@ -185,3 +195,33 @@ def test_predict_over_a_dataset():
     close(outputs[1, 2 * S :], numpy(stream.model(TOKENS[1:, 2 * S :]))[0], 1e-5)
     assert stream.predict((TOKENS[:, part] for part in CHUNKS), steps=2, collect=False) is None
     assert stream.position.tolist() == [10 * S, 8 * S]
+
+
+def test_the_end_of_the_data_moves_nothing():
+    """Position, draws and counters are those of the batches that were there. TensorFlow finds the end within a step,
+    which then must not assign anything."""
+    stream = keras_fam.StreamingModel(make_lm(1, dropout=0.1), B)
+    quick_compile(stream, "sgd")
+    stream.fit(batches(), verbose=0)
+    assert stream.position.tolist() == [6 * S] * B
+    assert draws(stream.model.backbone.seed_generator) == len(CHUNKS)
+    assert int(numpy(stream._carried.optimizer.iterations)) == len(CHUNKS)
+    stream.evaluate(batches(), verbose=0)
+    assert stream.position.tolist() == [12 * S] * B
+
+    lm = make_lm(1, dropout=0.1, random_state_passing=keras_fam.Ramp(0.8, delay=2))
+    quick_compile(lm, "sgd")
+    lm.fit(batches(), verbose=0)
+    passing = lm.backbone.random_state_passing
+    assert int(numpy(passing.steps)) == len(CHUNKS)
+    assert draws(passing.seed_generator) == draws(lm.backbone.seed_generator) == len(CHUNKS)
+
+    block = keras_fam.TransformerFAMBlock(2, 8, 16, block_size=S, fam_length=2, dropout=0.1, stateful=True)
+    tokens = keras.Input(batch_shape=(B, 2 * S), dtype="int32")
+    model = keras.Model(tokens, keras.layers.Dense(V)(block(keras.layers.Embedding(V, 16)(tokens))))
+    options = {"jit_compile": False} if keras.backend.backend() == "tensorflow" else {}
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), **options)
+    for read, method in enumerate((model.fit, model.evaluate), start=1):
+        method(batches(), verbose=0)
+        assert numpy(block.state.position.block_index).tolist() == [6 * read] * B
+        assert draws(block.seed_generator) == len(CHUNKS)

@@ -14,6 +14,7 @@ from keras_fam.layers.normalization import NORMS
 from keras_fam.layers.recurrent import StreamingLayer
 from keras_fam.layers.validation import check_attention_settings
 from keras_fam.ops.attention import attend
+from keras_fam.ops.random import next_seed
 from keras_fam.ops.rope import BlockPositions, rotate
 from keras_fam.state import LayerState, Spec, StreamState, advance_position, initial_position, position_spec
 
@@ -311,7 +312,7 @@ class FeedbackAttention(StreamingLayer):
     # Reading a stream -------------------------------------------------------------------------------------------
 
     def _advance(self, x, state, *, start, lengths=None, training=False, keep_state=True):
-        seed = self.seed_generator.next() if training and self.seed_generator is not None else None
+        seed = next_seed(self.seed_generator, x) if training else None
         return self.advance_one(x, state, Hooks(seed=seed), start=start, lengths=lengths, keep_state=keep_state)
 
     def advance_one(self, x, state, hooks=None, *, start, lengths=None, keep_state=True):

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_fam.distribution.state_sharding import state_variables
 from keras_fam.ops import ragged as row_ops
+from keras_fam.ops.backend import wait_for
 from keras_fam.state import check_finite, check_structure, map_specs, where_rows
 
 
@@ -78,7 +79,8 @@ class StreamingLayer(keras.layers.Layer):
         if padding_mask is not None:
             y = row_ops.unpack_left(y, padding_mask)
         if remember:
-            self._write_state(state)
+            with wait_for(x):
+                self._write_state(state)
         return (y, state) if return_state else y
 
     def advance(self, x, state, *, lengths=None, reset=None, aligned=False, training=False):

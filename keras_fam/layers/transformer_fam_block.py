@@ -9,7 +9,7 @@ from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.normalization import NORMS
 from keras_fam.layers.recurrent import StreamingLayer
 from keras_fam.layers.validation import require_one_of, require_positive, require_whole
-from keras_fam.ops.random import dropout, fold_in
+from keras_fam.ops.random import dropout, fold_in, next_seed
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
@@ -190,7 +190,7 @@ class TransformerFAMBlock(StreamingLayer):
         return self.attention.advance_layer(x, state, position, self.hooks(seed), **options)
 
     def _advance(self, x, state, *, start, lengths=None, training=False, keep_state=True):
-        seed = self.seed_generator.next() if training and self.seed_generator is not None else None
+        seed = next_seed(self.seed_generator, x) if training else None
         return self.attention.advance_one(
             x, state, self.hooks(seed), start=start, lengths=lengths, keep_state=keep_state
         )

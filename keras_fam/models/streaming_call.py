@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_fam.layers.recurrent import check_padding_mask
 from keras_fam.ops import ragged as row_ops
+from keras_fam.ops.backend import wait_for
 from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
@@ -42,7 +43,8 @@ class StreamingModelMixin:
             check_finite(initial_state, self.name)
             state, start = initial_state, "anywhere"
         else:
-            state, start = self._starting_state(batch_size, training), "fresh"
+            with wait_for(token_ids):
+                state, start = self._starting_state(batch_size, training), "fresh"
             if lengths is not None:
                 state = state._replace(position=broadcast_position(state.position, batch_size))
         passing = training and initial_state is None and self.passes_state
@@ -51,7 +53,8 @@ class StreamingModelMixin:
             token_ids, state, start=start, lengths=lengths, training=training, keep_state=return_state or passing
         )
         if passing:
-            self._keep_memory(before, state)
+            with wait_for(token_ids):
+                self._keep_memory(before, state)
         if padding_mask is not None:
             outputs = row_ops.unpack_left(outputs, padding_mask)
         if not return_state:

@@ -20,7 +20,7 @@ from keras_fam.models.preset_io import load_backbone, save_to_preset
 from keras_fam.models.scan_layers import SEEDS_PER_LAYER, remat_layer, scan_layers_once
 from keras_fam.models.scan_steps import scan_steps, step_blocks
 from keras_fam.models.streaming_call import StreamingModelMixin
-from keras_fam.ops.random import fold_in
+from keras_fam.ops.random import fold_in, next_seed
 from keras_fam.state import StreamState, advance_position, position_spec
 
 # Settings of a block that the backbone decides itself.
@@ -303,7 +303,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
     def _advance(self, token_ids, state, *, start, lengths=None, training=False, keep_state=True):
         seed = None
         if training and any(block.draws for block in self.blocks):
-            seed = self.seed_generator.next()
+            seed = next_seed(self.seed_generator, token_ids)
         x = self.embed(token_ids)
         length, step = x.shape[1], step_blocks(self, training)
         if self.feeds_stack:  # a block needs what the top layer wrote one block before

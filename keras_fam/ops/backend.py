@@ -1,6 +1,8 @@
 """What Keras has no single call for. Backend branches live here, in `scan.py` and in `attention.py`, and what is for
 torch alone in `torch_graph.py`; nowhere else."""
 
+import contextlib
+
 import keras
 from keras import ops
 
@@ -24,6 +26,19 @@ def is_eager(x):
 def runs_eagerly():
     """Whether programs run operation by operation: a loop in one of them is no faster than a loop around it."""
     return keras.backend.backend() == "torch"
+
+
+def wait_for(x):
+    """A context in which assignments and draws of a compiled step wait for the tensors of the structure `x`.
+
+    TensorFlow fetches the batch within the step, and at the end of the data still runs every operation that does not
+    depend on the batch: a state or a counter would advance once too often. Pass what was computed from the batch.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([part for part in keras.tree.flatten(x) if tf.is_tensor(part)])
 
 
 def platform():

@@ -3,7 +3,15 @@
 import keras
 from keras import ops
 
-from keras_fam.ops.backend import GivenSeed
+from keras_fam.ops.backend import GivenSeed, wait_for
+
+
+def next_seed(generator, x):
+    """The next seed `[2]` of a `SeedGenerator` in a step that reads `x`; None without a generator."""
+    if generator is None:
+        return None
+    with wait_for(x):
+        return generator.next()
 
 
 def fold_in(seed, index):

@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_fam.distribution.state_sharding import state_variables
 from keras_fam.layers.recurrent import check_padding_mask
+from keras_fam.ops.backend import wait_for
 from keras_fam.state import map_specs, where_rows
 from keras_fam.training.dataset_position import following
 
@@ -89,6 +90,14 @@ class StatefulTrainer(keras.Model):
                 tokens, padding_mask=padding_mask, initial_state=state, return_state=True, training=training
             )
         return outputs, state
+
+    def train_step(self, *args):
+        with wait_for(args):
+            return super().train_step(*args)
+
+    def test_step(self, *args):
+        with wait_for(args):
+            return super().test_step(*args)
 
     def check(self, tokens, lengths=None, padding_mask=None):
         """Raises ValueError unless a chunk has a row for each stream, and whole blocks if they were promised."""
