@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
 import pytest
 import support
+from keras import ops
 
 import keras_fam
 from keras_fam.export.step import stream_step
 from keras_fam.export.step.stream_step import export_step
+from keras_fam.ops.scan import branch, compute_both_branches
 
 BACKEND = keras.backend.backend()
 FORMATS = [name for name, (_, backends) in stream_step.FORMATS.items() if BACKEND in backends]
@@ -176,3 +179,33 @@ def test_a_missing_package_names_the_extra(lm, tmp_path, monkeypatch):
         pytest.importorskip(package)
     with pytest.raises(ImportError, match=r'pip install "keras-fam\[formats\]"'):
         export_step(lm, tmp_path / "step.onnx", "onnx")
+
+
+def test_both_branches_are_computed_inside_the_context_alone():
+    called = []
+
+    def side(name, value):
+        def compute():
+            called.append(name)
+            return ops.full((2,), value), (ops.ones((1,), "int32"),)
+
+        return compute
+
+    def run(predicate):
+        called.clear()
+        first, (second,) = branch(ops.convert_to_tensor(predicate), side("true", 1.0), side("false", 2.0))
+        assert keras.backend.standardize_dtype(second.dtype) == "int32"
+        return float(first[0]), sorted(called)
+
+    assert run(True) == (1.0, ["true"]) and run(False) == (2.0, ["false"])
+    others = []
+    with pytest.raises(RuntimeError, match="inside"), compute_both_branches():
+        assert run(True) == (1.0, ["false", "true"]) and run(False) == (2.0, ["false", "true"])
+        with compute_both_branches():
+            pass
+        assert run(True) == (1.0, ["false", "true"])
+        thread = threading.Thread(target=lambda: others.append(run(True)))
+        thread.start()
+        thread.join()
+        raise RuntimeError("inside")
+    assert others == [(1.0, ["true"])] and run(True) == (1.0, ["true"])

@@ -1,5 +1,8 @@
 """One scan over blocks for the three backends: the only sequential part of the package."""
 
+import contextlib
+import threading
+
 import keras
 from keras import ops
 
@@ -11,6 +14,8 @@ from keras_fam.ops.torch_graph import assume_false, is_tracing
 UNROLL_STEPS, LARGE_STEP = 4, 1 << 20
 # Outside of `jit`, JAX would compile a loop anew at every call: up to this length it is run step by step instead.
 MAX_EAGER_STEPS = 64
+
+_local = threading.local()
 
 
 def scan(step, carry, xs, y_like, *, unroll=False):
@@ -50,13 +55,31 @@ def branch(predicate, true, false):
     """`true()` if the bool scalar `predicate` holds, else `false()`; only one is computed.
 
     As `ops.cond`, but a predicate that can be read now is: JAX would compile both branches at every eager call.
+    Inside `compute_both_branches` both are computed and one is selected.
     """
+    if getattr(_local, "both_branches", False):
+        return keras.tree.map_structure(lambda a, b: ops.where(predicate, a, b), true(), false())
     if is_tracing():
         assume_false(predicate)
         return false()
     if is_eager(predicate):
         return true() if bool(predicate) else false()
     return ops.cond(predicate, true, false)
+
+
+@contextlib.contextmanager
+def compute_both_branches():
+    """Inside, and in this thread alone, `branch` computes both sides and selects one.
+
+    For tracers that cannot follow a branch on a value, such as `torch.export`. The sides of a branch have equal
+    structures, shapes and dtypes.
+    """
+    before = getattr(_local, "both_branches", False)
+    _local.both_branches = True
+    try:
+        yield
+    finally:
+        _local.both_branches = before
 
 
 def _scan_tensorflow(step, carry, xs, y_like):

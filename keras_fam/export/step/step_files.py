@@ -1,6 +1,5 @@
 """Writing and running the files of one step: ONNX, LiteRT and torch, each by its own packages."""
 
-import contextlib
 import importlib
 import inspect
 import tempfile
@@ -9,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.layers import chunk_attention, memory_scan
+from keras_fam.ops.scan import compute_both_branches
 
 # Writing ------------------------------------------------------------------------------------------------------------
 
@@ -83,22 +82,6 @@ def _without_remainders(jaxpr, consts):
     return run
 
 
-@contextlib.contextmanager
-def _both_sides():
-    """Inside, a branch computes both sides and takes one: the tracer cannot read a predicate."""
-    import torch
-
-    def branch(predicate, true, false):
-        return keras.tree.map_structure(lambda a, b: torch.where(predicate, a, b), true(), false())
-
-    before = chunk_attention.branch, memory_scan.branch
-    chunk_attention.branch = memory_scan.branch = branch
-    try:
-        yield
-    finally:
-        chunk_attention.branch, memory_scan.branch = before
-
-
 def _torch_program(step):
     import torch
 
@@ -119,7 +102,7 @@ def _torch_program(step):
     shapes = None
     if step.batch_size is None:
         shapes = {name: {0: torch.export.Dim.AUTO} for name in example}
-    with torch.no_grad(), _both_sides():
+    with torch.no_grad(), compute_both_branches():
         return torch.export.export(Module(), (), example, dynamic_shapes=shapes)
 
 
