@@ -1,0 +1,196 @@
+"""The pages of results: links and commands point at something, and tables say what the recorded files say."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "examples" / "results"
+PAGES = sorted(RESULTS.glob("*.md"))
+
+
+def recorded(name):
+    (path,) = RESULTS.rglob(f"{name}.json")
+    return json.loads(path.read_text())
+
+
+def rows(page, *starts):
+    """Cells of the first table row of a page that begins with each of `starts`, without Markdown's marks."""
+    lines = [re.sub(r"[*ᵃᵇ]", "", line) for line in (RESULTS / f"{page}.md").read_text().splitlines()]
+    for start in starts:
+        line = next((line for line in lines if line.startswith(f"| {start}")), None)
+        assert line, f"{page}.md has no row that begins with {start!r}"
+        yield [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def says(cells, expected, digits=1):
+    """The numbers in the cells are the expected ones, rounded to as many digits as they show, at most `digits`."""
+    found = re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join(cells))
+    expected = list(expected)
+    assert len(found) == len(expected), (cells, expected)
+    for number, value in zip(found, expected, strict=True):
+        places = len(number.partition(".")[2])
+        assert places <= digits, number
+        assert abs(float(number.replace(",", "")) - value) <= 0.5 * 10**-places + 1e-9, (number, value)
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_and_commands_point_at_something(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+    for script in re.findall(r"(?:examples|tests)/[\w/]+\.py", text.split("## Older names")[0]):
+        assert (ROOT / script).exists(), script
+
+
+def test_every_recorded_file_and_plot_is_on_a_page():
+    text = "".join(page.read_text() for page in PAGES)
+    files = [path for kind in ("json", "png", "gif") for path in RESULTS.rglob(f"*.{kind}")]
+    assert len(files) > 50
+    assert not [path.name for path in files if path.name not in text]
+
+
+def test_every_page_is_in_the_index():
+    index = (RESULTS / "README.md").read_text()
+    assert not [page.name for page in PAGES if page.name != "README.md" and f"({page.name}" not in index]
+
+
+def percent(values):
+    return [100 * value for value in values]
+
+
+def test_passkey():
+    exact = recorded("passkey")["exact"]
+    titles = ["FAM, `keras_fam.Normalized(noise=0.7)`", "the same, memory zeroed", "FAM, the paper's form |", "BSWA"]
+    recipe, ablated, paper, bswa = rows("passkey", *titles)
+    says(recipe, percent(exact["FAM (normalized, noise)"]))
+    assert all(value == 0 for name, line in exact.items() if "memory" in name for value in line if value is not None)
+    says(ablated[:3], [0, 0, 0])
+    says(paper, percent(exact["FAM (paper)"]))
+    says(bswa, percent(exact["BSWA"]))
+
+
+def test_passkey_at_length():
+    texts = recorded("passkey_length")["exact"]
+    first, second = (texts[f"held-out prose of Python's documentation, texts {n}"] for n in (4, 5))
+    recipe, right = first["FAM (binary, noise)"], 0
+    assert list(recipe) == ["1", "4", "16", "64", "256", "1000"]
+    for seed, cells in zip("012", rows("passkey", "seed 0", "seed 1", "seed 2"), strict=True):
+        says(cells, percent(recipe[factor][seed] for factor in recipe))
+        right += 64 * (recipe["1000"][seed] + second["FAM (binary, noise)"]["1000"][seed])
+    assert right == 381
+    (mean,) = rows("passkey", "mean |")
+    says(mean, percent(sum(of_seed.values()) / 3 for of_seed in recipe.values()))
+    (paper,) = rows("passkey", "FAM, the paper's form, seed 0")
+    says(paper[:4], percent(of_seed["0"] for of_seed in first["FAM (paper)"].values()))
+    ablated = [line for found in texts.values() for name, line in found.items() if "memory" in name]
+    assert not any(value for line in ablated for of_seed in line.values() for value in of_seed.values())
+
+
+def test_passkey_of_the_systems():
+    found = recorded("passkey_systems")
+    shown = [found["filler_tokens"].index(n) for n in (44, 108, 364, 748, 1516, 3052)]
+    titles = {"M0": "BSWA M0", "M1": "BSWA M1 (", "M1_SG": "BSWA M1, stop", "M2": "BSWA M2 |", "M4": "BSWA M4 |",
+              "FM1": "FM 1", "FM2": "FM 2 |", "SUM": "SUM FAM", "RMT": "RMT",
+              "FAM": "FAM, the paper's form | 100 | 98.4",
+              "FAM_N": "FAM, `keras_fam.Normalized(noise=0.3)`"}  # fmt: skip
+    assert set(titles) == set(found["systems"])
+    for name, cells in zip(titles, rows("passkey", *titles.values()), strict=True):
+        says(cells, [100 * found["systems"][name]["exact"][i] for i in shown])
+
+
+def test_recall():
+    runs = recorded("recall")["runs"]
+    lines = (RESULTS / "recall.md").read_text().splitlines()
+    names = {"FAM, normalized": "FAM, normalized", "FAM, paper's form": "FAM (paper)", "RMT": "RMT",
+             "BSWA, one segment": "BSWA, one segment"}  # fmt: skip
+    for task in ("remember", "rewrite"):
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"| {task} |"))
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 6]]
+        for (title, recorded_name), (name, *cells) in zip(names.items(), table, strict=True):
+            run = runs[f"{task}, {recorded_name}, seed 0"]
+            assert name == f"{title} ({run['steps']:,}; {run['state_numbers']:,})"
+            says(cells, percent(run["exact"]))
+    ablated = [value for run in runs.values() for line in run.get("knock_outs", {}).values() for value in line]
+    assert max(ablated) < 0.095
+
+
+def test_books():
+    lines = (RESULTS / "books.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| Austen: BSWA"))
+    systems = ["BSWA", "FAM, normalized"]
+    systems += [f"FAM, normalized, memory {how}" for how in ("shuffled", "frozen", "zeroed")]
+    sources = [recorded("books")["report"][source]["systems"] for source in ("Austen", "King James")]
+    found = [source[name]["bits_per_byte"] for source in sources for name in systems]
+    for line, bits in zip(lines[start:], found, strict=False):
+        pairs = zip(bits["mean"], bits["spread"], strict=True)
+        says(line.strip("|").split("|")[1:], [value for pair in pairs for value in pair], digits=3)
+
+
+def test_smollm2():
+    found = recorded("smollm2_perplexity")
+    names = {"full attention, before": "full attention", "sliding window of 256, before": "sliding window 256",
+             "BSWA, before": "BSWA", "FAM, before": "FAM", "BSWA + LoRA": "BSWA + LoRA", "FAM + LoRA |": "FAM + LoRA",
+             "FAM + LoRA, memory zeroed": "FAM + LoRA, zeroed", "FAM + LoRA, memory shuffled": "FAM + LoRA, shuffled",
+             }  # fmt: skip
+    for name, cells in zip(names.values(), rows("smollm2", *names), strict=True):
+        says(cells, [*found[name]["by position"].values(), found[name]["beyond"]])
+    lines = (RESULTS / "smollm2.md").read_text().replace("*", "").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| sliding window of 256, before | 73.6"))
+    for line, name in zip(lines[start:], ("window", "BSWA", "FAM", "BSWA_lora", "FAM_lora"), strict=False):
+        found = recorded(f"smollm2_stream_{name}")["perplexity by ten thousand tokens"]
+        says(line.strip("|").split("|")[1:], found)
+
+
+def test_speed():
+    backends = recorded("speed")["backends"]
+    names = {"JAX forward": ("jax", "forward"), "JAX train step": ("jax", "train"),
+             "torch forward": ("torch", "forward"), "torch train step": ("torch", "train")}  # fmt: skip
+    for (backend, what), cells in zip(names.values(), rows("speed", *names), strict=True):
+        ours, by_hand = (backends[backend][what][name] for name in ("keras_fam", "by hand"))
+        times = [value for of in (ours, by_hand) for value in (of["median"], min(of["all"]), max(of["all"]))]
+        says(cells, [*times, ours["median"] / by_hand["median"]], digits=3)
+    peers = recorded("peers")["systems"]
+    names = ["keras_fam |", "KerasHub Llama", "Mistral", "RecurrentGemma", "x-transformers", "titans-pytorch",
+             "recurrent-memory-transformer-pytorch"]  # fmt: skip
+    keys = ("prefill ms per token", "decode ms per token")
+    for peer, cells in zip(peers.values(), rows("speed", *names), strict=True):
+        times = [(peer[key], peer[key] / peers["keras_fam"][key]) for key in keys]
+        says(cells, [peer["parameters"] / 1e6, *times[0], *times[1]], digits=3)
+    lines = (RESULTS / "speed.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| JAX, plain"))
+    for line, row in zip(lines[start:], recorded("backpropagation")["rows"], strict=False):
+        _, memory, temporary, seconds, gradients = [cell.strip() for cell in line.strip("|").split("|")]
+        says([memory], [row["peak_mib"], row["added_mib"]])
+        says([temporary], [row["compiled_temp_mib"]] if "compiled_temp_mib" in row else [])
+        says([seconds], [row["step_seconds"], row["time_ratio"]], digits=2)
+        assert float(gradients or 0) == pytest.approx(row["gradient_difference"], rel=0.06, abs=0)
+
+
+def test_accelerators():
+    names = ["JAX prefill, tokens/s (share) | 8k", "| 32k", "| 131k"]
+    gpu = {(r["backend"], r["task"], r["system"], r["length"]): r for r in recorded("gpu_h200")["results"]}
+    for length, cells in zip((8192, 32768, 131072), rows("gpu", *names), strict=True):
+        fam, bswa = (gpu["jax", "prefill", system, length] for system in ("fam", "bswa"))
+        values = [(r["tokens_per_second"] / 1000, 100 * r["share"]) for r in (fam, bswa)]
+        says([cell.replace("k", "") for cell in cells[1:3]], [*values[0], *values[1]])
+    table = re.findall(r"^\| [18]B (?:train|stream|decode)\b.*$", (RESULTS / "tpu.md").read_text(), re.MULTILINE)
+    for line, program in zip(table, recorded("tpu_compile")["programs"].values(), strict=True):
+        cells = line.strip("|").split("|")
+        sizes = [program[f"{part}_bytes"] / 1e9 for part in ("argument", "output", "temp", "total")]
+        says(cells[3:7], sizes, digits=2)
+        says([cells[8]], [program["compile_seconds"]])
+        assert ("does not fit" in line) == (sizes[3] > 16 and "16 GB" in cells[7])
