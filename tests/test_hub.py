@@ -13,7 +13,7 @@ import keras_fam
 from keras_fam import hub
 
 keras_hub = pytest.importorskip("keras_hub")
-hub_families = importlib.import_module("examples.hub_families")
+hub_families = importlib.import_module("examples.verification.hub_families")
 models = keras_hub.models
 
 TOLERANCE = 1e-4

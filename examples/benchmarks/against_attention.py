@@ -1,8 +1,8 @@
 """TransformerFAM against the same model without memory (BSWA) and against full attention: prefill, train step, memory.
 
-    python examples/benchmarks/against_attention.py --systems fam,bswa --block-size 1024 --memory-segments 3 \
+    python -m examples.benchmarks.against_attention --systems fam,bswa --block-size 1024 --memory-segments 3 \
         --fam-length 64 --tokens 32768 --layers 4 --remat --out out/bswa.json
-    python examples/benchmarks/against_attention.py --systems fam,full --tokens 16384 --layers 2 --out out/full.json
+    python -m examples.benchmarks.against_attention --systems fam,full --tokens 16384 --layers 2 --out out/full.json
 
 Width, layers, heads and feed-forward are the same. In one process per backend, the systems are timed in turns and
 medians are compared: prefill is a whole sequence from a fresh start, with the state that decoding would go on from
@@ -18,8 +18,9 @@ import os
 import sys
 from pathlib import Path
 
-import measuring
 import numpy as np
+
+from examples.benchmarks import measuring
 
 SYSTEMS = ("fam", "bswa", "full")
 
@@ -31,7 +32,7 @@ def build(system, args):
     sizes = {"layers": args.layers, "width": args.width, "heads": args.heads, "intermediate": args.intermediate}
     keras.utils.set_random_seed(0)
     if system == "full":
-        from stock_attention import full_attention_model
+        from examples.benchmarks.peers.stock_attention import full_attention_model
 
         model = full_attention_model(vocabulary=args.vocabulary, tokens=args.tokens, **sizes)
         return model, model, {}
@@ -153,7 +154,9 @@ def child(args):
     return result
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+
     def words(text):
         return text.split(",")
 
@@ -194,18 +197,26 @@ def main(argv):
     result = {"settings": settings, "machine": measuring.machine(args.threads), "operations": operations(args)}
     result["versions"] = measuring.versions("keras", *args.backends)
     if args.compiled:
-        result["temporary MiB, jax"] = found = measuring.run_child(__file__, argv, "jax", args.threads)
+        result["temporary MiB, jax"] = found = measuring.run_child(
+            "examples.benchmarks.against_attention", argv, "jax", args.threads
+        )
         for kind, by_system in found.items():
             print(f"{kind}, temporary MiB: " + ", ".join(f"{name} {mib:.0f}" for name, mib in by_system.items()))
         measuring.write(result, args.out)
         return
     for backend in args.backends:
-        found = {} if args.no_times else measuring.run_child(__file__, argv, backend, args.threads)
+        found = (
+            {}
+            if args.no_times
+            else measuring.run_child("examples.benchmarks.against_attention", argv, backend, args.threads)
+        )
         for kind in args.what:
             peaks = {}
             for system in [] if args.no_memory else args.systems:
                 of = [*argv, "--memory-of", f"{system}:{kind}"]
-                peaks[system] = measuring.run_child(__file__, of, backend, args.threads)["peak MiB"]
+                peaks[system] = measuring.run_child("examples.benchmarks.against_attention", of, backend, args.threads)[
+                    "peak MiB"
+                ]
             found.setdefault(kind, {})
             for system in args.systems:
                 entry = found[kind].setdefault(system, {})
@@ -222,4 +233,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

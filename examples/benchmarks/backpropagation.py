@@ -1,6 +1,6 @@
 """Full back-propagation through many blocks: peak memory, time and gradients, plain and replayed.
 
-    python examples/benchmarks/backpropagation.py --blocks 64 --backends jax,torch,tensorflow --out out/memory.json
+    python -m examples.benchmarks.backpropagation --blocks 64 --backends jax,torch,tensorflow --out out/memory.json
 
 One fresh process per backend and way; each takes a few train steps (SGD) on one sequence. The ways: "plain"; "layer",
 where each layer is computed again as a whole (`keras.remat` around the layer, what most projects call gradient
@@ -14,7 +14,6 @@ SGD is so large that what a step adds to the weights is the gradient.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -25,10 +24,11 @@ from statistics import median
 
 import numpy as np
 
+MODULE = "examples.benchmarks.backpropagation"
 RATE = 1e4
 
 
-def arguments():
+def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--backends", default="jax,torch,tensorflow")
     parser.add_argument("--ways", default="plain,layer,block,steps of 4,steps of 8")
@@ -43,7 +43,7 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--worker", default=None, help="used by the script itself: one way in this process")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def options(way, blocks):
@@ -118,10 +118,10 @@ def compiled_temp_mib(lm, x, y):
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def run(args, backend, way, folder):
+def run(argv, backend, way, folder):
     gradients = Path(folder) / "gradients.npz"
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", way, "--out", str(gradients)]
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-m", MODULE, *argv, "--worker", way, "--out", str(gradients)]
+    environment = {**os.environ, "KERAS_BACKEND": backend}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{backend}, {way}:\n{done.stderr[-4000:]}")
@@ -129,8 +129,9 @@ def run(args, backend, way, folder):
         return json.loads(done.stdout.strip().splitlines()[-1]), [found[name] for name in found.files]
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = arguments(argv)
     if args.worker:
         return worker(args)
     rows = []
@@ -138,7 +139,7 @@ def main():
         plain = None
         for way in args.ways.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                result, gradients = run(args, backend, way, folder)
+                result, gradients = run(argv, backend, way, folder)
             plain = plain or (result, gradients)
             result["gradient_difference"] = max(
                 float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(gradients, plain[1], strict=True)
@@ -154,14 +155,9 @@ def main():
                 flush=True,
             )
     if args.out:
-        import keras
+        from examples.record import run_record
 
-        report = {
-            "rows": rows,
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "versions": {"python": platform.python_version(), "keras": keras.__version__},
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
-        }
+        report = {"rows": rows, **run_record(MODULE, args, argv)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 

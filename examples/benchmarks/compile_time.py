@@ -1,6 +1,6 @@
 """How long does a train step compile on JAX, by number of blocks and of layers?
 
-    python examples/benchmarks/compile_time.py --layers 12 --blocks 4,16,64 --out out/compile_time.json
+    python -m examples.benchmarks.compile_time --layers 12 --blocks 4,16,64 --out out/compile_time.json
 
 One process per number of blocks, in the order given. Compiling is what the first `train_on_batch` takes longer than
 the second; of it, JAX reports tracing, lowering and XLA's compilation.
@@ -12,8 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-import measuring
 import numpy as np
+
+from examples.benchmarks import measuring
 
 
 def child(args):
@@ -60,7 +61,9 @@ def child(args):
     return {"seconds": first - second, "step": second, "of which": measured}
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+
     def numbers(text):
         return [int(part) for part in text.split(",")]
 
@@ -89,7 +92,9 @@ def main(argv):
     result = {"settings": settings, "machine": measuring.machine(args.threads), "blocks": {}}
     result["versions"] = measuring.versions("keras", "jax")
     for count in args.blocks:
-        found = measuring.run_child(__file__, [*argv, "--count", str(count)], "jax", args.threads)
+        found = measuring.run_child(
+            "examples.benchmarks.compile_time", [*argv, "--count", str(count)], "jax", args.threads
+        )
         result["blocks"][str(count)] = found
         split = ", ".join(f"{name} {t:.1f}" for name, t in found["of which"].items())
         print(f"{args.layers} layers, {count} blocks: {found['seconds']:.1f} s ({split}), step {found['step']:.2f} s")
@@ -97,4 +102,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

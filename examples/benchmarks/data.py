@@ -1,6 +1,6 @@
 """Throughput of the data pipelines against the train step: how much of a step's time its data take.
 
-    KERAS_BACKEND=jax python examples/benchmarks/data.py
+    KERAS_BACKEND=jax python -m examples.benchmarks.data
 
 The model is that of `make demo` (2 layers of width 64), so the step is as short as steps get. Data are made in the
 same thread as the step, one batch after the other: the time of both, and the ratio.
@@ -8,8 +8,6 @@ same thread as the step, one batch after the other: the time of both, and the ra
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +18,12 @@ import numpy as np
 
 import keras_fam
 from examples.datasets.python_docs import topics_text
+from examples.record import run_record
 from keras_fam.data import DocumentRows, TaskBatches, pack
 from keras_fam.tasks import AssociativeRecall, Copy, PassKey, SeveralKeys
 
 
-def arguments():
+def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--block-size", type=int, default=32)
@@ -33,7 +32,7 @@ def arguments():
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=None)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def pipelines(args):
@@ -74,8 +73,8 @@ def seconds(function, repeats):
     return median(found[2:])
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     keras.utils.set_random_seed(0)
     backbone = keras_fam.TransformerFAMBackbone(
         2000, args.layers, args.width, 4, 2 * args.width, block_size=args.block_size, memory_segments=0, fam_length=8
@@ -94,10 +93,7 @@ def main():
             print(f"{name:<26}{1e3 * taken:7.2f} ms, {100 * taken / step:6.2f} % of a step")
     result.update(
         largest_ratio=max(result["data_ms"].values()) / result["step_ms"],
-        backend=keras.backend.backend(),
-        arguments={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        versions={"python": platform.python_version(), "keras": keras.__version__},
-        machine=f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
+        **run_record("examples.benchmarks.data", args, argv),
     )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Decoding one token at a time: is token 1,000,000 as cheap as token 1,000, and as fast as in a plain Transformer?
 
-    python examples/benchmarks/decode.py --backend jax --what position,hub,predict --out out/decode.json
+    python -m examples.benchmarks.decode --what position,hub,predict --out out/decode.json
 
 position: two streams of one model, at `--near` and `--far` tokens, generate in turns; each goes back to its position
     after every turn. Resident memory is read on the way to `--far`.
@@ -16,12 +16,12 @@ import argparse
 import json
 import os
 import pathlib
-import platform
-from importlib import metadata
 from statistics import median
 from time import perf_counter
 
 import numpy as np
+
+from examples.record import run_record
 
 
 def resident_mib():
@@ -204,12 +204,11 @@ def measure_predict(args):
 MEASUREMENTS = {"position": measure_position, "hub": measure_hub, "predict": measure_predict}
 
 
-def main():
+def main(argv=None):
     def numbers(text):
         return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
     parser.add_argument("--what", default="position,hub,predict", help=f"of {', '.join(MEASUREMENTS)}")
     parser.add_argument("--near", type=int, default=1_000)
     parser.add_argument("--far", type=int, default=1_000_000)
@@ -228,17 +227,14 @@ def main():
     parser.add_argument("--memory-segments", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=None)
-    args = parser.parse_args()
-    os.environ["KERAS_BACKEND"] = args.backend
+    args = parser.parse_args(argv)
     what = args.what.split(",")
     if set(what) - set(MEASUREMENTS):
         parser.error(f"--what: {', '.join(MEASUREMENTS)}")
-    result = {"backend": args.backend}
+    result = {}
     for name in what:
         result[name] = MEASUREMENTS[name](args)
-    result["arguments"] = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()}
-    result["versions"] = {name: metadata.version(name) for name in ("keras", args.backend, "numpy")}
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    result |= run_record("examples.benchmarks.decode", args, argv)
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

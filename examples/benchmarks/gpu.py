@@ -1,7 +1,7 @@
 """TransformerFAM on one GPU: prefill, train step and decode, against BSWA and against full attention.
 
-    python examples/benchmarks/gpu.py --out gpu.json              # JAX and torch, whatever is installed; about an hour
-    python examples/benchmarks/gpu.py --small                     # everything at small sizes, on a CPU, in a minute
+    python -m examples.benchmarks.gpu --out gpu.json              # JAX and torch, whatever is installed; about an hour
+    python -m examples.benchmarks.gpu --small                     # everything at small sizes, on a CPU, in a minute
 
 The model has the shape of the paper's 1B (18 layers, width 1536, 12 heads, S 1024, m 3, F 64) and random weights, in
 bfloat16. Systems: `fam`; `bswa` (the same without memory); `full`, the same width and depth with full attention
@@ -64,7 +64,7 @@ def make_model(args, training):
     settings = settings_of(args)
     dtype = "mixed_bfloat16" if training else "bfloat16"
     if args.system == "full":
-        from full_attention import FullAttention
+        from examples.benchmarks.peers.full_attention import FullAttention
 
         names = ("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "intermediate_dim")
         model = FullAttention(**{name: settings[name] for name in names}, remat=training, dtype=dtype)
@@ -321,11 +321,17 @@ def measure(args, lengths):
 
 def run_child(argv, backend, system, task, lengths):
     """`measure` in a new process, a result at a time; one with `"error"` for the length at which it fails."""
-    root = Path(__file__).resolve().parents[2]
-    env = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    env |= {"KERAS_BACKEND": backend, "PYTHONUNBUFFERED": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
-    command = [sys.executable, __file__, *argv, "--child", ",".join(map(str, lengths)), "--system", system]
+    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "KERAS_BACKEND": backend, "PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "examples.benchmarks.gpu",
+        *argv,
+        "--child",
+        ",".join(map(str, lengths)),
+        "--system",
+        system,
+    ]
     lines, found = [], 0
     with subprocess.Popen(
         [*command, "--task", task], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -352,7 +358,8 @@ def row(result):
     return f"{name}{speed}{100 * result['share']:8.1f} %{peak:>8}"
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="jax,torch", help="those that are installed are used")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
@@ -398,4 +405,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

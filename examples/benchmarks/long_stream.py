@@ -1,14 +1,12 @@
 """Streams a million tokens and watches memory and speed: peak resident memory after the first `--early` tokens and at
 the end, the time of the first and the last chunks, and of the second half against the first (all after `--early`).
 
-    KERAS_BACKEND=jax python examples/benchmarks/long_stream.py --tokens 1000000 --out out/long_stream.json
+    KERAS_BACKEND=jax python -m examples.benchmarks.long_stream --tokens 1000000 --out out/long_stream.json
 """
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import resource
 import time
 
@@ -16,13 +14,14 @@ import keras
 import numpy as np
 
 import keras_fam
+from examples.record import run_record
 
 
 def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--chunk", type=int, default=2048)
@@ -34,7 +33,7 @@ def main():
     parser.add_argument("--early", type=int, default=10_000, help="tokens after which memory and time are watched")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=None)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     keras.utils.set_random_seed(args.seed)
     backbone = keras_fam.TransformerFAMBackbone(
         256,
@@ -66,7 +65,6 @@ def main():
     half = len(warm) // 2
     halves = sum(warm[-half:]) / sum(warm[:half])
     result = {
-        "backend": keras.backend.backend(),
         "tokens": int(stream.position[0]),
         "peak_mib_early": early,
         "peak_mib_at_end": peaks[-1],
@@ -76,9 +74,7 @@ def main():
         "time_ratio": last / first,
         "second_half_over_first": halves,
         "tokens_per_second": args.chunk * len(warm) / sum(warm),
-        "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()},
-        "versions": {"python": platform.python_version(), "keras": keras.__version__},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **run_record("examples.benchmarks.long_stream", args, argv),
     }
     print(json.dumps(result, indent=1))
     if args.out:

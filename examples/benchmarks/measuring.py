@@ -71,14 +71,12 @@ def use_cores(threads):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def run_child(script, argv, backend, threads):
-    """Runs `script argv --child FILE` in a new process under `backend`; returns the JSON that it writes to FILE."""
-    env = {"OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "KERAS_BACKEND": backend}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    env["OMP_NUM_THREADS"] = str(threads)
+def run_child(module, argv, backend, threads):
+    """Runs `module argv --child FILE` in a new process under `backend`; returns the JSON that it writes to FILE."""
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "result.json"
-        subprocess.run([sys.executable, script, *argv, "--child", str(out)], env=env, check=True)
+        subprocess.run([sys.executable, "-m", module, *argv, "--child", str(out)], env=env, check=True, cwd=ROOT)
         return json.loads(out.read_text())
 
 

@@ -1,6 +1,6 @@
 """Draws the results of `against_attention.py`, `peers.py` and `schedules.py` side by side.
 
-    python examples/benchmarks/plot.py --full full.json --bswa bswa.json --peers peers.json --schedules schedules.json \
+    python -m examples.benchmarks.plot --full full.json --bswa bswa.json --peers peers.json --schedules schedules.json \
         --out speed.png
 """
 
@@ -58,7 +58,7 @@ def draw_schedules(axis, result):
     axis.set_title("Order of layers and blocks (JAX)", fontsize=9)
 
 
-def main():
+def main(argv=None):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def main():
     for name in ("full", "bswa", "peers", "schedules"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--out", type=Path, default=Path("out/speed.png"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     given = {n: json.loads(p.read_text()) for n, p in vars(args).items() if n != "out" and p is not None}
     panels = []
     if systems := [given[n] for n in ("bswa", "full") if n in given]:

@@ -1,6 +1,6 @@
 """In which order should (layer, block) be computed? Three orders of one prefill on JAX, same weights, same numbers.
 
-    python examples/benchmarks/schedules.py --layers 8 --block-size 128 --tokens 4096 --out out/schedules.json
+    python -m examples.benchmarks.schedules --layers 8 --block-size 128 --tokens 4096 --out out/schedules.json
 
 layers over k blocks: a layer reads k blocks at once, then the next layer (k is `blocks_per_step`; "all" is a layer
     over the whole sequence).
@@ -15,8 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-import measuring
 import numpy as np
+
+from examples.benchmarks import measuring
 
 
 def make_backbone(args, blocks_per_step=None):
@@ -129,7 +130,9 @@ def child(args):
     }
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+
     def numbers(text):
         return [int(part) for part in text.split(",")]
 
@@ -158,10 +161,10 @@ def main(argv):
     settings = {name: value for name, value in vars(args).items() if name not in ("child", "out")}
     result = {"settings": settings, "machine": measuring.machine(args.threads)}
     result["versions"] = measuring.versions("keras", "jax")
-    result |= measuring.run_child(__file__, argv, "jax", args.threads)
+    result |= measuring.run_child("examples.benchmarks.schedules", argv, "jax", args.threads)
     print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=1))
     measuring.write(result, args.out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

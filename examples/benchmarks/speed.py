@@ -1,6 +1,6 @@
 """Speed of keras_fam against TransformerFAM written by hand for the same backend, with the same weights.
 
-    python examples/benchmarks/speed.py --width 256 --layers 4 --block-size 128 --fam-length 16 --memory-segments 1 \
+    python -m examples.benchmarks.speed --width 256 --layers 4 --block-size 128 --fam-length 16 --memory-segments 1 \
         --tokens 4096 --batch 1 --backends jax,torch,tensorflow --repeats 7 --out speed.json
 
 One process per backend. In each, forward and train step (Adam, mean of squares) of both versions are timed in turns,
@@ -19,8 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
-import measuring
 import numpy as np
+
+from examples.benchmarks import measuring
 
 AGREEMENT = 1e-4  # relative to the largest output
 
@@ -132,8 +133,9 @@ def keras_train(model, x):
 def by_hand(backend, args, params, x):
     """`(forward, train)`, functions of no arguments like those above; None if there is no version for the backend."""
     if backend == "jax":
-        import handwritten_jax as hand
         import jax
+
+        from examples.benchmarks.peers import handwritten_jax as hand
 
         params, x, config = jax.tree.map(jax.numpy.asarray, params), jax.numpy.asarray(x), hand.Config(*sizes(args))
         call = jax.jit(hand.forward, static_argnums=2)
@@ -148,8 +150,9 @@ def by_hand(backend, args, params, x):
 
         return lambda: jax.block_until_ready(call(params, x, config)), train
     if backend == "torch":
-        import handwritten_torch as hand
         import torch
+
+        from examples.benchmarks.peers import handwritten_torch as hand
 
         trained, fixed, x = hand.from_numpy(params), hand.from_numpy(params), torch.tensor(x)
         config, optimizer = hand.Config(*sizes(args)), hand.init_optimizer(trained)
@@ -213,7 +216,8 @@ def print_table(results):
                 print(f"{f'{backend}: {what}, T/4':34}{row['keras_fam, T/4'] * 1e3:9.0f} ms")
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {"width": 256, "layers": 4, "block-size": 128, "fam-length": 16, "memory-segments": 1, "tokens": 4096}
     for name, default in (defaults | {"batch": 1, "repeats": 7}).items():
@@ -234,7 +238,8 @@ def main(argv):
         Path(args.child).write_text(json.dumps(measure(args)))
         return
     results = {
-        backend: measuring.run_child(__file__, argv, backend, args.threads) for backend in args.backends.split(",")
+        backend: measuring.run_child("examples.benchmarks.speed", argv, backend, args.threads)
+        for backend in args.backends.split(",")
     }
     samples = [result.pop("sample") for result in results.values()]
     for backend, sample in zip(results, samples, strict=True):
@@ -260,4 +265,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,6 +1,6 @@
 """How much of the machine's matrix products does prefill reach? Both measured in turns in one process.
 
-    python examples/benchmarks/throughput.py --backend jax --width 1024 --tokens 8192 --out out/throughput.json
+    python -m examples.benchmarks.throughput --backend jax --width 1024 --tokens 8192 --out out/throughput.json
 
 The machine's throughput is that of the best of three plain products of the same backend, dtype and threads: tokens by
 the widest kernel, a smaller share of the tokens by it, and a square. Of prefill, the operations are counted that the
@@ -15,9 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-import measuring
 import numpy as np
-from against_attention import prefill
+
+from examples.benchmarks import measuring
+from examples.benchmarks.against_attention import prefill
 
 
 def needed_operations(args):
@@ -66,7 +67,8 @@ def child(args):
     }
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
     parser.add_argument("--width", type=int, default=1024)
@@ -95,10 +97,10 @@ def main(argv):
     settings = {name: value for name, value in vars(args).items() if name not in ("child", "out", "remat")}
     result = {"settings": settings, "machine": measuring.machine(args.threads)}
     result["versions"] = measuring.versions("keras", args.backend)
-    result |= measuring.run_child(__file__, argv, args.backend, args.threads)
+    result |= measuring.run_child("examples.benchmarks.throughput", argv, args.backend, args.threads)
     print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=1))
     measuring.write(result, args.out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,7 +1,7 @@
 """Training and streaming over many devices with `keras.distribution` on JAX: the same numbers as one device.
 
-    python examples/distributed/jax_distribution.py                # 8 simulated devices on a CPU
-    python examples/distributed/jax_distribution.py --simulate 0   # the accelerators that are there
+    python -m examples.distributed.jax_distribution                # 8 simulated devices on a CPU
+    python -m examples.distributed.jax_distribution --simulate 0   # the accelerators that are there
 
 Three runs: one device; `DataParallel` (rows over all devices); `ModelParallel` with `keras_fam.layout_map` (rows over
 2, heads, feed-forward and vocabulary over the rest). Each trains with Random State Passing, trains on carried state,
@@ -12,7 +12,8 @@ import argparse
 import os
 
 import numpy as np
-from common import ROWS, SETTINGS, TOKENS, batches, make_lm, make_optimizer, report
+
+from examples.distributed.common import ROWS, SETTINGS, TOKENS, batches, make_lm, make_optimizer, report
 
 
 def train(lm, steps):
@@ -73,12 +74,12 @@ def run(distribution, steps):
         return found | {"outputs of a stateful layer": predict_stateful()}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulate", type=int, default=8, help="how many CPU devices to simulate; 0 for none")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     SETTINGS["num_layers"] = args.layers
     os.environ["KERAS_BACKEND"] = "jax"
     if args.simulate:

@@ -1,6 +1,6 @@
 """Training over several devices with TensorFlow's MirroredStrategy: the same numbers as one device.
 
-    python examples/distributed/tf_mirrored.py --devices 2     # logical devices of one CPU, or as many GPUs
+    python -m examples.distributed.tf_mirrored --devices 2     # logical devices of one CPU, or as many GPUs
 
 The model is made inside the strategy's scope and trained with `fit`. Random State Passing hands on the memory of the
 first replica (p is 1 here: which rows are chosen would depend on how rows are split).
@@ -10,7 +10,8 @@ import argparse
 import os
 
 import numpy as np
-from common import ROWS, SETTINGS, batches, make_lm, make_optimizer, report
+
+from examples.distributed.common import ROWS, SETTINGS, batches, make_lm, make_optimizer, report
 
 
 def train(strategy, steps):
@@ -32,12 +33,12 @@ def train(strategy, steps):
     return {"training, RSP 1": losses, "after: weights": weights, "after: passed memory": memory}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     SETTINGS["num_layers"] = args.layers
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import tensorflow as tf

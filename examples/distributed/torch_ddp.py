@@ -1,6 +1,6 @@
 """Training over several processes with torch's DistributedDataParallel: the same numbers as one process.
 
-    python examples/distributed/torch_ddp.py --processes 2     # gloo on a CPU; nccl where each process has its GPU
+    python -m examples.distributed.torch_ddp --processes 2     # gloo on a CPU; nccl where each process has its GPU
 
 A Keras model on torch is a `torch.nn.Module`, so DDP wraps it as it is. Every process has its own rows; a stream's
 state stays with its rows and never travels. What a process has to do by itself: Random State Passing hands on one
@@ -12,7 +12,8 @@ import os
 import tempfile
 
 import numpy as np
-from common import ROWS, SETTINGS, batches, make_lm, report
+
+from examples.distributed.common import ROWS, SETTINGS, batches, make_lm, report
 
 
 def loss_of(logits, targets):
@@ -91,12 +92,12 @@ def work(rank, processes, args, folder):
         distributed.destroy_process_group()
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.processes < 2 or ROWS % args.processes:
         parser.error(f"--processes is a divisor of {ROWS} rows, at least 2")
     os.environ["KERAS_BACKEND"] = "torch"

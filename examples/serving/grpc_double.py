@@ -1,6 +1,6 @@
 """Serves an export to several clients at once over gRPC, through the official PredictionService protos.
 
-    python examples/serving/grpc_double.py [--clients 8]
+    python -m examples.serving.grpc_double [--clients 8]
 
 The server here is a TEST DOUBLE of TensorFlow Serving: it answers `Predict` with the messages of the package
 `tensorflow-serving-api` and runs the export in a TensorFlow session with the same warm-up, but it is some hundred lines
@@ -8,7 +8,6 @@ of Python. Clients written for it talk to `tensorflow_model_server` unchanged.
 """
 
 import argparse
-import os
 import pathlib
 import tempfile
 import threading
@@ -159,15 +158,14 @@ def converse(client, seed, vocabulary):
     return np.concatenate(read), told
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=8)
-    arguments = parser.parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are expected here
+    arguments = parser.parse_args(argv)
     import grpc
-    from small_model import VOCABULARY, small_model
 
     import keras_fam
+    from examples.serving.small_model import VOCABULARY, small_model
     from keras_fam.export import export_serving
 
     lm, found = small_model(), {}

@@ -1,6 +1,6 @@
 """Exports a model under each backend, streams through it from C and from a bare TensorFlow process, and compares.
 
-    python examples/serving/load_c.py [--backends jax torch tensorflow]
+    python -m examples.serving.load_c [--backends jax torch tensorflow]
 
 Needs gcc, and TensorFlow for its headers and libraries. Ends with an error if a difference exceeds 1e-5.
 """
@@ -22,9 +22,9 @@ ROWS, CHUNKS, TOLERANCE = 3, (1, 7, 1, 8, 20, 3, 1, 1), 1e-5
 def export(folder):
     """Under the backend of this process: writes the export, and what Keras computes for the same tokens."""
     import keras
-    from small_model import VOCABULARY, small_model
 
     import keras_fam
+    from examples.serving.small_model import VOCABULARY, small_model
     from keras_fam.export import export_serving
 
     lm = small_model()
@@ -75,10 +75,7 @@ def write_plan(exported, tokens, plan):
 
 def run_c(program, folder, tokens):
     write_plan(folder / "1", tokens, folder / "plan.txt")
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [program, folder / "1", folder / "plan.txt"], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run([program, folder / "1", folder / "plan.txt"], stdout=subprocess.PIPE, text=True, check=True)
     numbers = np.array(done.stdout.split(), "float32")
     sizes = np.array(CHUNKS) * (len(numbers) // sum(CHUNKS))
     parts = np.split(numbers, np.cumsum(sizes)[:-1])
@@ -109,14 +106,13 @@ def run_plain(folder):
     return np.load(folder / "plain.npy")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=["jax", "torch", "tensorflow"])
     parser.add_argument("--export", type=pathlib.Path, help=argparse.SUPPRESS)  # one backend's part
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.export:
         return export(arguments.export)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     worst = 0.0
     with tempfile.TemporaryDirectory() as temporary:
         start = time.perf_counter()
@@ -126,7 +122,9 @@ def main():
             folder = pathlib.Path(temporary) / backend
             folder.mkdir()
             environment = {**os.environ, "KERAS_BACKEND": backend}
-            subprocess.run([sys.executable, __file__, "--export", folder], env=environment, check=True)
+            subprocess.run(
+                [sys.executable, "-m", "examples.serving.load_c", "--export", folder], env=environment, check=True
+            )
             given = np.load(folder / "keras.npz")
             start = time.perf_counter()
             by_c = run_c(program, folder, given["tokens"])

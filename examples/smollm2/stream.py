@@ -7,9 +7,10 @@ import time
 
 import keras
 import numpy as np
-from books import book_ids
-from evaluate import log_losses
-from model import load, with_memory
+
+from examples.smollm2.books import book_ids
+from examples.smollm2.evaluate import log_losses
+from examples.smollm2.model import load, with_memory
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FIRST = 10_000  # tokens after which memory has to stay as it is

@@ -14,9 +14,10 @@ import time
 
 import keras
 import numpy as np
-from books import TRAINING, book_ids
 from keras import ops
-from model import load, with_memory
+
+from examples.smollm2.books import TRAINING, book_ids
+from examples.smollm2.model import load, with_memory
 
 TAG = "\n\n[repeat random segment]:"
 

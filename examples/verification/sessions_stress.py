@@ -1,6 +1,6 @@
 """Many sessions, many threads: random calls against one loaded export, checked against private streams in Keras.
 
-    python examples/serving/sessions_stress.py [--sessions 64] [--threads 8] [--calls 10000]
+    python -m examples.verification.sessions_stress [--sessions 64] [--threads 8] [--calls 10000]
 
 Every call works on 1 to 3 sessions that no other call is using: append, append_last, generate (greedy and sampled),
 reset, close and open again. Afterwards each session's life is read once more, alone, by a `StreamingModel`, and every
@@ -224,16 +224,15 @@ def collide(server, threads, calls):
     return len(kept), len(refused), float(np.abs(expected - np.stack([x for _, _, x in kept])).max())
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=10_000)
-    arguments = parser.parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are expected here
+    arguments = parser.parse_args(argv)
     import keras
-    from small_model import VOCABULARY, small_model
 
+    from examples.serving.small_model import VOCABULARY, small_model
     from keras_fam.export import export_serving
 
     lm = small_model()

@@ -1,6 +1,6 @@
 """Kills trainings at random steps, resumes them, and compares every loss with that of a run that was never stopped.
 
-    python examples/benchmarks/resume.py --backends jax,torch,tensorflow --kills 2 --out out/resume.json
+    python -m examples.verification.resume --backends jax,torch,tensorflow --kills 2 --out out/resume.json
 
 Each run is a process of its own, and killed by SIGKILL: it gets no chance to save. Dropout and noise on the memory draw
 from seed generators, Adam has moments, rows carry state across steps, and the order of documents is drawn: all of it
@@ -10,7 +10,6 @@ has to come back for the losses to be the same.
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -20,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+MODULE = "examples.verification.resume"
 
-def arguments():
+
+def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--backends", default="jax,torch,tensorflow")
     parser.add_argument("--epochs", type=int, default=3)
@@ -31,7 +32,7 @@ def arguments():
     parser.add_argument("--seed", type=int, default=0, help="of the steps at which runs are killed")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--worker", type=Path, default=None, help="used by the script itself: a run in this folder")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def worker(args):
@@ -63,9 +64,9 @@ def worker(args):
     progress.fit(args.epochs, callbacks=[Losses()], verbose=0)
 
 
-def start(args, backend, folder):
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder)]
+def start(argv, backend, folder):
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    command = [sys.executable, "-m", MODULE, *argv, "--worker", str(folder)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -85,8 +86,9 @@ def losses(folder):
     return [(int(number), float(loss)) for number, loss in map(str.split, lines(folder))]
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = arguments(argv)
     if args.worker:
         return worker(args)
     rng, reports = np.random.default_rng(args.seed), []
@@ -95,12 +97,12 @@ def main():
             whole, broken = Path(folder) / "whole", Path(folder) / "broken"
             whole.mkdir()
             broken.mkdir()
-            finish(start(args, backend, whole))
+            finish(start(argv, backend, whole))
             expected, stops = dict(losses(whole)), []
             for part in range(args.kills):
                 total = args.epochs * args.steps
                 stops.append(int(rng.integers(part * total // args.kills + 1, (part + 1) * total // args.kills)))
-                process = start(args, backend, broken)
+                process = start(argv, backend, broken)
                 while not lines(broken) or losses(broken)[-1][0] < stops[-1]:
                     if process.poll() is not None:
                         raise SystemExit(process.stderr.read()[-4000:])
@@ -108,7 +110,7 @@ def main():
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 stops[-1] = losses(broken)[-1][0]
-            finish(start(args, backend, broken))
+            finish(start(argv, backend, broken))
             found = losses(broken)
         assert {number for number, _ in found} == set(expected), "batches were left out"
         report = {
@@ -121,14 +123,9 @@ def main():
         reports.append(report)
         print(json.dumps(report), flush=True)
     if args.out:
-        import keras
+        from examples.record import run_record
 
-        result = {
-            "runs": reports,
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "versions": {"python": platform.python_version(), "keras": keras.__version__},
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
-        }
+        result = {"runs": reports, **run_record(MODULE, args, argv)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What `passkey_length.py` found: trainings in a folder put together, and their figure."""
+"""The results of `examples.passkey.length`: all runs in a folder, and their figure."""
 
 import json
 
@@ -6,18 +6,18 @@ import numpy as np
 
 
 def found_results(folder, names):
-    """`(name, seed, what was kept of it)` of all trainings in a folder."""
+    """Yields `(name, seed, results)` of all runs in a folder."""
     for name in names:
         for path in sorted(folder.glob(f"{name}_seed*.json")):
             yield name, path.stem.split("seed")[1], json.loads(path.read_text())
 
 
 def gather(folder, titles):
-    """All results in a folder: by texts, line of the figure, factor and seed the share of exact answers; and more.
+    """All results in a folder: the share of exact answers by texts, line of the figure, factor and seed; and details.
 
     Args:
         folder: `pathlib.Path`.
-        titles: what the figure calls each model, by name.
+        titles: dict from the name of each model to its label in the figure.
     """
     exact, details = {}, {}
     for name, seed, found in found_results(folder, titles):
@@ -40,14 +40,14 @@ def share(right):
     return {"exact": float(np.mean(right)), "rows": len(right)} if len(right) else None
 
 
-def by_place(folder, name, read, longest):
-    """Over all seeds: exact answers by the quarter of the text in which the key stands, and by distance.
+def by_position(folder, name, read, longest):
+    """Exact answers over all seeds, by the quarter of the text that contains the key, and by distance.
 
     Args:
         folder: `pathlib.Path`.
-        name: of a model.
-        read: which texts were read.
-        longest: tokens of the longest text trained on.
+        name: str, name of a model.
+        read: str, name of the texts that were read.
+        longest: int, tokens of the longest text trained on.
     """
     quarters, distances = {}, {}
     for _, _, found in found_results(folder, [name]):
@@ -69,7 +69,7 @@ def first_below(by_factor, least=0.95):
 
 
 def plot(result, title, path):
-    """The lines of the texts that `result["drawn"]` names, as a PNG."""
+    """Draws the lines of the texts named by `result["drawn"]` to a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 """Converts random small models of every family of KerasHub and compares the logits: one table, in Markdown.
 
-    KERAS_BACKEND=torch python examples/hub_families.py --configurations 5 --out out/hub_families_torch.json
+    KERAS_BACKEND=torch python -m examples.verification.hub_families --configurations 5 --out out/families.json
 
 Per family, the largest absolute difference of the logits over the configurations, beside the size of the logits:
 without memory up to one block (T = S, beyond the sliding windows), with a memory that rides up with the first block,
@@ -169,11 +169,11 @@ def measure(family, seed):
     return {"fields": fields, "differences": found}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configurations", type=int, default=5, help="random configurations for each family")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for all fields and differences")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     columns = ["logits", "one block", "summary", "back", "four blocks"]
     results = {}
     print(f"| {keras.backend.backend()} | " + " | ".join(columns) + " |")

@@ -1,6 +1,6 @@
 """Kills processes while they save sessions, and damages session files, to see what is left and what is let in.
 
-    KERAS_BACKEND=torch python examples/session_faults.py --kills 200 --mutations 1000 --out out/session_faults.json
+    KERAS_BACKEND=torch python -m examples.verification.session_faults --kills 200 --out out/faults.json
 
 Each kill: a process saves two sessions in turns to one path and gets SIGKILL at a random moment; the file then has to
 load, as one of the two, whole. Each mutation: a session file with flipped bits, cut, with bytes swapped, put in, moved
@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import platform
 import signal
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import keras
 import numpy as np
 
 import keras_fam
+from examples.record import run_record
 from keras_fam.state import named_leaves
 from keras_fam.streaming import session
 
@@ -180,7 +180,7 @@ def damage_files(path, model, foreign, mutations, rng):
     return {"mutations": done, "refused": dict(refused), "accepted": dict(accepted), "other_errors": dict(crashed)}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--mutations", type=int, default=1000)
@@ -188,7 +188,7 @@ def main():
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=None)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.kills and keras.backend.backend() != "torch":
         # A fork of a process with the threads of JAX or TensorFlow may hang; the file is the same.
         sys.exit("Writers are forked, which is safe on torch alone: set KERAS_BACKEND=torch, or pass --kills 0.")
@@ -216,14 +216,7 @@ def main():
         damaged = damage_files(path, model, foreign, args.mutations, rng)
         ended = time.perf_counter()
     report = {
-        "command": " ".join(["examples/session_faults.py", *sys.argv[1:]]),
-        "backend": keras.backend.backend(),
-        "keras_fam": keras_fam.__version__,
-        "keras": keras.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "seed": args.seed,
+        **run_record("examples.verification.session_faults", args, argv),
         "file_bytes": size,
         "kills": killed,
         "damage": damaged,

@@ -1,7 +1,8 @@
 """Compiles the paper's models for TPUs, on a machine that has none: do they fit, and on how many chips?
 
-    make tpu                                                # installs libtpu beside JAX and compiles all of it
-    make tpu ARGS="--only 'paper_1b train v5e:4x4'"         # one of them (several by commas, parts of names do)
+    make tpu                                            # installs libtpu beside JAX, compiles all programs
+    make tpu ARGS="--only 'paper_1b train v5e:4x4'"     # parts of names, separated by commas
+    python -m examples.verification.tpu_compile --only "paper_1b stream"   # where libtpu is installed
 
 XLA's own TPU compiler (libtpu) compiles each program ahead of time for a real topology and tells what every chip would
 hold; it refuses what does not fit. NOTHING IS EXECUTED: no speed is measured and no number is computed.
@@ -214,12 +215,12 @@ HEAD = f"{'GB per chip':28}{'mesh':>7}{'rows x tokens':>12}{'arguments':>9}{'out
 HEAD += f"{'chip':>5}{'compile':>9}"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="paper", help="parts of names, separated by commas")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="a JSON file; results are added to those in it")
     parser.add_argument("--override", default=None, help="JSON with fields of `Program` to change")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -1,7 +1,7 @@
 """keras_fam against what people use for long texts today: prefill and decoding per token, one process, in turns.
 
     make peers          # sets up .venv-peers, then runs this script
-    python examples/benchmarks/peers.py --tokens 4096 --new 32 --out out/peers.json
+    python -m examples.benchmarks.peers --tokens 4096 --new 32 --out out/peers.json
 
 All on torch, float32, with the same threads, width, depth, heads, feed-forward width (gated where the package has it)
 and vocabulary, random weights, one row. The window is that of keras_fam: blocks of S tokens and m segments show a token
@@ -26,8 +26,9 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-import measuring
 import numpy as np
+
+from examples.benchmarks import measuring
 
 
 class Peer:
@@ -315,7 +316,9 @@ def child(args):
     return result
 
 
-def main(argv):
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+
     def words(text):
         return text.split(",")
 
@@ -346,7 +349,7 @@ def main(argv):
         return
     started, systems = perf_counter(), {}
     for backend in args.backends:
-        systems |= measuring.run_child(__file__, argv, backend, args.threads)
+        systems |= measuring.run_child("examples.benchmarks.peers", argv, backend, args.threads)
     print(f"{'':22}{'parameters':>12}{'prefill':>12}{'decode':>12}   ms per token (times keras_fam's)")
     base = next(iter(systems.values()))
     for name, found in systems.items():
@@ -365,4 +368,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""What `passkey_length.py` trains on: texts and noise that grow, a question on the side, and words replaced."""
+"""The curriculum of `examples.passkey.length`: growing texts and noise, a question after each chunk, words replaced."""
 
 from typing import NamedTuple
 
@@ -11,17 +11,17 @@ BATCH, GROUPS = 32, 4  # rows; groups of them with texts of their own
 
 
 class Level(NamedTuple):
-    """Training climbs a level after every epoch whose mean loss is small enough."""
+    """A level of the curriculum; training climbs to the next one when the mean loss of an epoch is small enough."""
 
     steps: int  # in the longest text
     noise: float = 0.0  # its standard deviation, as `fam_noise`
-    start: int = 1  # groups of rows that have texts that long with the key at the start
-    anywhere: int = 1  # and with the key anywhere
+    start: int = 1  # groups of rows with texts of that length and the key at the start
+    anywhere: int = 1  # groups with the key anywhere
     short: int = 3  # steps in the longest text of the other groups
     next_at: float = 0.2  # the loss at which the next level begins
 
 
-# What is not written well before there is noise is not learned later.
+# Writing must be learned before there is noise: later it is not.
 LEVELS = (
     Level(1, start=0, anywhere=0, next_at=0.05),
     *(Level(steps, anywhere=0) for steps in (2, 3, 4)),
@@ -29,9 +29,9 @@ LEVELS = (
     *(Level(8, noise) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 )
 LONGEST = LEVELS[-1].steps
-# The last steps, in one round or two: strong noise has taught the memory to hold, and costs some of what is written.
-# More steps with 0.4 and less made it forget within 16 times the longest text; more with 0.6 did not.
-LAST = tuple(LEVELS[-1]._replace(noise=noise) for noise in (0.4, 0.6))
+# The final phases: strong noise has taught the memory to hold, at the cost of some accuracy of what is written. With
+# more steps at a noise of 0.4 or less the memory forgets within 16 times the longest text; with 0.6 it does not.
+FINAL_LEVELS = tuple(LEVELS[-1]._replace(noise=noise) for noise in (0.4, 0.6))
 
 
 def question_tokens(task):
@@ -39,11 +39,11 @@ def question_tokens(task):
     return len(task.tokenizer.encode(QUESTION)) + task.digits
 
 
-def disturbed(text, task, share, rng):
-    """Token ids of a batch with other words in place of some, at most `share` of them.
+def replace_words(text, task, share, rng):
+    """Token ids of a batch in which random words replace up to `share` of the words of each row.
 
-    The training prose has 40,000 tokens, and a memory that saw no others forgets sooner in prose that it did not see.
-    Introduction and statement stay, and no digit is put in.
+    The training prose has 40,000 tokens, and a memory trained on them alone forgets sooner in other prose. The
+    introduction and the statement are kept, and no digit is inserted.
     """
     ids, encode = text["token_ids"], task.tokenizer.encode
     place = np.arange(ids.shape[1])
@@ -54,17 +54,17 @@ def disturbed(text, task, share, rng):
     return np.where((rng.random(ids.shape) < shares) & ~kept, rng.choice(words, ids.shape), ids).astype("int32")
 
 
-class Course:
-    """Batches without end: the next chunk of every row's text, and the question about the key.
+class KeyCurriculum:
+    """Endless batches: the next chunk of every row's text, and the question about the key.
 
-    As long as the key has not been stated, the question has no weight. Groups of rows whose texts are not long have
-    short ones, with the key anywhere, so that keys are written often. `number`, the level, may be set between epochs.
+    Before the key is stated, the question has no weight. Groups of rows without long texts have short ones, with the
+    key anywhere, so that keys are written often. The index of the level, `number`, may be set between epochs.
 
     Args:
         make_task: function of a seed and a key position with a `PassKey`.
         seed: int.
         set_noise: None, or a function that sets the noise on memories.
-        replaced: share of a text's words, at most, that others replace.
+        replaced: float, the largest share of a text's words that random words replace.
     """
 
     def __init__(self, make_task, seed, set_noise=None, replaced=0.0):
@@ -86,7 +86,7 @@ class Course:
             self.set_noise(level.noise)
 
     def texts(self, group, rng):
-        """Steps `(chunk, is_first, keys, whether they are known)` of one text after another, without end."""
+        """Yields steps `(chunk, is_first, keys, keys_are_known)` of one text after another, without end."""
         rows, tokens = BATCH // GROUPS, CHUNK * BLOCK
         while True:
             level = self.level
@@ -94,7 +94,7 @@ class Course:
             most = level.steps if group < level.start + level.anywhere else min(level.steps, level.short)
             count = rng.integers(1, most + 1)
             text = task.batch(rows, total_tokens=count * tokens + question_tokens(task), seed=rng)
-            ids = disturbed(text, task, self.replaced, rng)
+            ids = replace_words(text, task, self.replaced, rng)
             for i in range(count):
                 chunk = ids[:, i * tokens : (i + 1) * tokens]
                 yield chunk, np.full(rows, i == 0), text["keys"], text["statement_ends"] <= (i + 1) * tokens

@@ -1,19 +1,21 @@
 """Fig. 5 and 6, Tables 5 to 7, small: one setting of TransformerFAM at a time, on PassKey.
 
-Each row is the model of `passkey_systems.py` called "FAM, normalized, noise" with one change: how many memory rows,
-where they stand, how many memories are visible, what the first memory is. Trained for fewer steps, so that settings
-differ in how fast they learn the task; the mean over lengths of up to 33 blocks is one number for that.
+Each row is the system "FAM, normalized, noise" of `examples.passkey.systems` with one change: how many memory rows,
+at which positions, how many memories are visible, what the first memory is. Training is shorter, so that settings
+differ in how fast they learn the task; the mean over lengths of up to 33 blocks summarizes it.
 
-    python examples/figures/sweeps.py --backend jax --seed 0 --steps 800 --out out/sweeps
+    KERAS_BACKEND=jax python -m examples.passkey.sweeps --seed 0 --steps 800 --out out/sweeps
 """
 
+import argparse
 import json
-import sys
+import pathlib
 
-import passkey_systems as systems  # reads the options and chooses the backend
+from examples.passkey.demo import make_task, options, train
+from examples.passkey.systems import LENGTHS, exact
+from examples.record import run_record
 
-ARGS = systems.ARGS
-BASE = {"fam_feedback": "normalized", "fam_noise": ARGS.fam_noise}
+BLOCKS = [count for count in LENGTHS if count <= 33]
 SWEEPS = {
     "baseline": [{}],
     "memory rows (Fig. 5)": [{"fam_length": n} for n in (2, 4, 16)],
@@ -23,8 +25,16 @@ SWEEPS = {
 }
 
 
+def parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[options()]
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/sweeps"))
+    return parser
+
+
 def plot(found, path):
-    """One panel a sweep, the baseline in each."""
+    """One panel per sweep, each with the baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,29 +59,25 @@ def plot(found, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    ARGS.out.mkdir(parents=True, exist_ok=True)
-    task = systems.make_task()
-    path = ARGS.out / "sweeps.json"
+def main(argv=None):
+    args = parser().parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    task, base = make_task(args), {"fam_feedback": "normalized", "fam_noise": args.fam_noise}
+    path = args.out / "sweeps.json"
     found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    blocks = [count for count in systems.BLOCKS if count <= 33]
-    found |= {
-        "command": "python " + " ".join(sys.argv),
-        "arguments": {k: str(v) for k, v in vars(ARGS).items()},
-        "machine": systems.MACHINE,
-        "filler_tokens": [count * ARGS.block_size - task.template_tokens for count in blocks],
-    }
+    found |= run_record("examples.passkey.sweeps", args, argv)
+    found["filler_tokens"] = [count * args.block_size - task.template_tokens for count in BLOCKS]
     for sweep, changes in SWEEPS.items():
         for change in changes:
             title = ", ".join(f"{k}={v}" for k, v in change.items()) or "fam_length=8, last, previous, 1, prompt"
             if title in found["rows"]:
                 continue
-            systems.passkey.MODELS["row"] = (title, {**BASE, **change})
-            model, seconds = systems.passkey.train("row", task)
-            exact = systems.exact(model, task, blocks)
-            found["rows"][title] = {"sweep": sweep, "exact": exact, "mean": sum(exact) / len(exact), "seconds": seconds}
+            model, seconds = train(title, {**base, **change}, task, args)
+            scores = exact(model, task, BLOCKS, args)
+            row = {"sweep": sweep, "exact": scores, "mean": sum(scores) / len(scores), "seconds": seconds}
+            found["rows"][title] = row
             path.write_text(json.dumps(found, indent=1) + "\n")
-    plot(found, ARGS.out / "sweeps.png")
+    plot(found, args.out / "sweeps.png")
     for title, row in found["rows"].items():
         print(
             f"{row['sweep']:<28}{title:<42}{100 * row['mean']:>6.1f}   "

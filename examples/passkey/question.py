@@ -1,4 +1,4 @@
-"""What the PassKey examples share: training on carried state with a question on the side."""
+"""Training on carried state with a question after each chunk, which the text does not see."""
 
 import keras
 from keras import ops
@@ -6,10 +6,10 @@ from keras import ops
 from keras_fam.training.stateful import StatefulTrainer
 
 
-class ReadingOn(StatefulTrainer):
-    """Trains a language model with carried state: rows go on where the last step left them.
+class QuestionTrainer(StatefulTrainer):
+    """Trains a language model whose rows continue where the last step left them.
 
-    The loss is that of the question, which is asked on the side: the text goes on as if it had not been.
+    The loss is that of a question, which is read from the state after the chunk; the text continues without it.
     """
 
     def call(self, inputs, training=None):

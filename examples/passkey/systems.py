@@ -1,20 +1,20 @@
 """PassKey for every system of the paper on one axis (Fig. 3a, 7 and 9), small: TransformerBSWA with 0 to 4 segments,
 stop-gradient segments, static summary tokens (SUM FAM), feedback memory segments (FM), RMT and TransformerFAM.
 
-Each system is a set of settings of one code base, trained as `examples/passkey.py` trains (whose options hold here
-too), and read at constant memory on held-out prose. Every system is a run of its own: weights and results are kept in
-`--out`, and a later call adds to them and draws all that is there.
+Each system is trained as in `examples.passkey.demo` (whose options apply here), and reads held-out prose at constant
+memory. Weights and results are kept in `--out`; a later call adds the systems that are missing, and draws all of them.
 
-    python examples/figures/passkey_systems.py --backend jax --seed 0 --out out/passkey_systems
+    KERAS_BACKEND=jax python -m examples.passkey.systems --seed 0 --out out/passkey_systems
 """
 
 import argparse
 import json
-import os
 import pathlib
-import platform
-import sys
 import time
+
+from examples.passkey.demo import make_task, options, train
+from examples.record import run_record
+from keras_fam.evaluation import ABLATIONS, StreamScorer, summary
 
 SYSTEMS = {
     "M0": ("BSWA M0", {"fam_length": 0, "memory_segments": 0}),
@@ -31,66 +31,52 @@ SYSTEMS = {
     "RMT_N": ("RMT, normalized", {"fam_recurrence": "stack", "fam_feedback": "normalized"}),
 }
 ROWS = 64
-MACHINE = f"{platform.machine()}, {os.cpu_count()} cores"
-
-parser = argparse.ArgumentParser(add_help=False)
-parser.add_argument("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS))
-parser.add_argument(
-    "--lengths",
-    type=int,
-    nargs="+",
-    default=[3, 4, 5, 7, 9, 17, 33, 65, 129, 257, 529],
-    help="blocks in the texts read",
-)
-OWN, rest = parser.parse_known_args()
-COMMAND, BLOCKS = " ".join(["python examples/figures/passkey_systems.py", *sys.argv[1:]]), OWN.lengths
-sys.argv = [sys.argv[0], *rest]
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-import passkey  # noqa: E402  (it reads the options and chooses the backend)
-
-ARGS = passkey.ARGS
-if "--out" not in rest:
-    ARGS.out = pathlib.Path("out/passkey_systems")
-
-import keras  # noqa: E402
-
-import keras_fam  # noqa: E402
-from examples.datasets.python_docs import topics_text  # noqa: E402
-from keras_fam.evaluation import ABLATIONS, StreamScorer, summary  # noqa: E402
-from keras_fam.tasks import PassKey  # noqa: E402
+LENGTHS = [3, 4, 5, 7, 9, 17, 33, 65, 129, 257, 529]  # blocks in the texts that are read
 
 
-def exact(model, task, blocks, how=None):
+def parser(description=__doc__):
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=[options()]
+    )
+    parser.add_argument("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="blocks in the texts that are read")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_systems"))
+    return parser
+
+
+def exact(model, task, blocks, args, ablation=None):
     """Share of keys that are right in every digit, for each length: one compiled program reads all lengths."""
-    scorer = StreamScorer(model, how, boundaries=[0], seed=ARGS.seed)
+    scorer = StreamScorer(model, ablation, boundaries=[0], seed=args.seed)
     scores = []
     for count in blocks:
-        texts = task.stream(ROWS, None, 256, total_tokens=count * ARGS.block_size, seed=ARGS.seed + 1, split="held_out")
+        total = count * args.block_size
+        texts = task.stream(ROWS, None, 256, total_tokens=total, seed=args.seed + 1, split="held_out")
         scores.append(summary([scorer.score(texts)])["exact"]["mean"][0])
     return scores
 
 
-def run(name, task):
-    """Trains and reads one system; what came out, as a dict."""
+def run(name, task, args):
+    """Trains a system, keeps its weights and reads the texts; the results as a dict."""
     title, settings = SYSTEMS[name]
-    if "fam_feedback" in settings:  # with the recipe for length
-        title, settings = f"{title}, noise {ARGS.fam_noise}", {**settings, "fam_noise": ARGS.fam_noise}
-    passkey.MODELS[name] = (title, settings)
+    if "fam_feedback" in settings:  # the recipe for length: normalized, with noise in training
+        title, settings = f"{title}, noise {args.fam_noise}", {**settings, "fam_noise": args.fam_noise}
     started = time.perf_counter()
-    model, seconds = passkey.train(name, task)
-    model.save(ARGS.out / f"{name}.keras")
+    model, seconds = train(title, settings, task, args)
+    model.save(args.out / f"{name}.keras")
     attention = model.backbone.blocks[0].attention
     window = (attention.memory_segments + 1) * attention.block_size
-    result = {"title": title, "settings": settings, "window": window, "exact": exact(model, task, BLOCKS)}
+    result = {"title": title, "settings": settings, "window": window, "exact": exact(model, task, args.lengths, args)}
     if attention.fam_length:
-        short = [count for count in BLOCKS if count in (8, 13, 17, 25, 33)]
-        result["ablations"] = {how: exact(model, task, short, how) for how in ABLATIONS}
-    return {**result, "command": COMMAND, "training_seconds": seconds, "seconds": time.perf_counter() - started}
+        short = [count for count in args.lengths if count in (8, 13, 17, 25, 33)]
+        result["ablations"] = {ablation: exact(model, task, short, args, ablation) for ablation in ABLATIONS}
+    return {**result, "training_seconds": seconds, "seconds": time.perf_counter() - started}
 
 
 def plot(found, path):
     """Draws the lengths at which training asks, too: whole chunks and a block with the question."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
@@ -103,9 +89,9 @@ def plot(found, path):
         style["linestyle"] = ":" if "_SG" in name else "--" if name.startswith("FM") else "-"
         reach = found["layers"] * system["window"]
         rows = zip(found["blocks"], found["filler_tokens"], system["exact"], strict=True)
-        lengths, exact = zip(*((n, y) for blocks, n, y in rows if blocks % found["chunk_blocks"] == 1), strict=True)
+        drawn = [(n, y) for blocks, n, y in rows if blocks % found["chunk_blocks"] == 1]
         for axis, unit in zip(axes, (found["longest_trained"], reach), strict=True):
-            axis.plot([n / unit for n in lengths], exact, **style)
+            axis.plot([n / unit for n, _ in drawn], [y for _, y in drawn], **style)
     for axis, label in zip(axes, ("the longest filler trained on", "depth × window of each system"), strict=True):
         axis.axvline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"filler tokens / {label}", ylim=(-0.02, 1.02))
@@ -117,36 +103,23 @@ def plot(found, path):
     figure.savefig(path, dpi=100)
 
 
-def make_task():
-    """The task that the options describe."""
-    documents = topics_text() if ARGS.filler == "prose" else None
-    return PassKey(documents, digits=ARGS.digits, vocabulary_size=ARGS.vocabulary, seed=ARGS.seed)
-
-
-def main():
-    ARGS.out.mkdir(parents=True, exist_ok=True)
-    task = make_task()
-    path = ARGS.out / "passkey_systems.json"
+def main(argv=None):
+    args = parser().parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    task, record = make_task(args), run_record("examples.passkey.systems", args, argv)
+    path = args.out / "passkey_systems.json"
     found = json.loads(path.read_text()) if path.exists() else {"systems": {}}
-    found |= {
-        "arguments": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(ARGS).items()},
-        "machine": MACHINE,
-        "layers": ARGS.layers,
-        "blocks": BLOCKS,
-        "chunk_blocks": ARGS.chunk_blocks,
-        "longest_trained": (ARGS.chunk_blocks * ARGS.longest + 1) * ARGS.block_size - task.template_tokens,
-        "filler_tokens": [count * ARGS.block_size - task.template_tokens for count in BLOCKS],
+    found |= record | {
+        "layers": args.layers,
+        "blocks": args.lengths,
+        "chunk_blocks": args.chunk_blocks,
+        "longest_trained": (args.chunk_blocks * args.longest + 1) * args.block_size - task.template_tokens,
+        "filler_tokens": [count * args.block_size - task.template_tokens for count in args.lengths],
         "chance": task.chance,
-        "backend": keras.backend.backend(),
-        "versions": {
-            "python": platform.python_version(),
-            "keras": keras.__version__,
-            "keras_fam": keras_fam.__version__,
-        },
     }
-    for name in OWN.systems:
+    for name in args.systems:
         if name not in found["systems"]:
-            result = run(name, task)
+            result = {**run(name, task, args), "command": record["command"]}
             if path.exists():  # another call may have added to it
                 found["systems"] = json.loads(path.read_text())["systems"]
             found["systems"][name] = result
@@ -155,7 +128,7 @@ def main():
     print(f"{'filler tokens':<26}" + "".join(f"{n:>7,}" for n in found["filler_tokens"]))
     for system in found["systems"].values():
         print(f"{system['title']:<26}" + "".join(f"{100 * v:>7.1f}" for v in system["exact"]))
-    plot(found, ARGS.out / "passkey_systems.png")
+    plot(found, args.out / "passkey_systems.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Training and streaming over several devices."""

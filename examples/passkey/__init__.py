@@ -1,0 +1,1 @@
+"""PassKey: recipes, results and figures."""

@@ -1,0 +1,1 @@
+"""Long checks that are no unit tests: faults, threads, resuming, conversions, TPU programs."""

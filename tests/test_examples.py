@@ -1,0 +1,64 @@
+"""The examples: modules that define, and act only in `main`."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "examples").rglob("*.py"))
+SCRIPTS = [path for path in FILES if "__main__" in path.read_text()]
+DEFINITIONS = (*(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign),)
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def calls_outside_functions(tree):
+    """Calls that an import makes: those of the module's own statements, not those inside of functions."""
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call):
+                yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_an_import_only_defines(path):
+    """No arguments are parsed, no environment is changed and nothing is printed by an import; `sys` is not changed."""
+    tree = ast.parse(path.read_text())
+    docstring, *body = tree.body
+    assert isinstance(docstring, ast.Expr) and ast.get_docstring(tree), "a module says what it is"
+    if path == ROOT / "examples" / "__init__.py":
+        return  # defaults of the environment, before a backend is imported
+    for statement in body:
+        if isinstance(statement, ast.If):
+            assert ast.unparse(statement.test) == "__name__ == '__main__'", ast.unparse(statement.test)
+            assert [ast.unparse(line) for line in statement.body] in (["main()"], ["sys.exit(main())"])
+        else:
+            assert isinstance(statement, DEFINITIONS), ast.unparse(statement)
+    for call in calls_outside_functions(tree):
+        assert "parse" not in call and "environ" not in call and call != "print", call
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            assert not any(ast.unparse(target).startswith(("sys.argv", "sys.path")) for target in targets)
+        if isinstance(node, ast.Call):
+            assert not ast.unparse(node.func).startswith("sys.path."), "modules are imported by their full names"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_a_script_takes_its_arguments(path):
+    """`main(argv=None)` parses what it is given, so that other programs and tests can call it, and shows a command."""
+    tree = ast.parse(path.read_text())
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    if not found:  # the folder's command is that of one of its scripts
+        assert path.name == "__main__.py" and "import main" in path.read_text()
+        return
+    (main,) = found
+    assert ast.unparse(main.args) == "argv=None"
+    assert "argv" in {node.id for node in ast.walk(main) if isinstance(node, ast.Name)}
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    assert f"python -m {module}" in ast.get_docstring(tree)
