@@ -12,8 +12,7 @@ PAGES = sorted(RESULTS.glob("*.md"))
 
 
 def recorded(name):
-    (path,) = RESULTS.rglob(f"{name}.json")
-    return json.loads(path.read_text())
+    return json.loads((RESULTS / "json" / f"{name}.json").read_text())
 
 
 def rows(page, *starts):
@@ -52,8 +51,12 @@ def test_links_and_commands_point_at_something(page):
         path = page.parent / name if name else page
         assert path.exists(), link
         assert not anchor or anchor in anchors(path), link
-    for script in re.findall(r"(?:examples|tests)/[\w/]+\.py", text.split("## Older names")[0]):
+    commands, scripts = text.split("## Older names")[0], r"(?:examples|tests)/[\w/]+\.py"
+    for script in re.findall(scripts, commands):
         assert (ROOT / script).exists(), script
+    for module in re.findall(r"python -m (examples[\w.]+)", commands):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 def test_every_recorded_file_and_plot_is_on_a_page():
