@@ -1,7 +1,8 @@
-"""The examples: modules that define, and act only in `main`."""
+"""The examples: modules that define, and act only in `main`; commands that name them."""
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -62,3 +63,14 @@ def test_a_script_takes_its_arguments(path):
     assert "argv" in {node.id for node in ast.walk(main) if isinstance(node, ast.Name)}
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     assert f"python -m {module}" in ast.get_docstring(tree)
+
+
+def test_commands_name_modules_that_exist():
+    """In the Makefile, the README, the guides and the pages of results."""
+    pages = [ROOT / "Makefile", ROOT / "README.md", *(ROOT / "examples").rglob("*.md"), *FILES]
+    commands = [
+        (page, found) for page in pages for found in re.findall(r"(?:-m|\(RUN\)) (examples[\w.]*)", page.read_text())
+    ]
+    assert len(commands) > 40
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in SCRIPTS}
+    assert not [f"{name(page)}: {found}" for page, found in commands if found.rstrip(".") not in modules]
