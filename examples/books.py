@@ -137,10 +137,10 @@ def plot(report, reach, path):
                 names, bits.mean(0), marker="o", linestyle=":" if "memory" in title else "-", label=title
             )
             axis.fill_between(names, bits.min(0), bits.max(0), color=line.get_color(), alpha=0.15)
-        axis.set(title=source, xlabel="tokens read before", ylabel="bits per byte (mean and span of seeds)")
+        axis.set(title=source, xlabel="tokens read before", ylabel="bits per byte (mean and range over seeds)")
         axis.tick_params(axis="x", labelrotation=30)
         axis.legend(fontsize="small")
-    figure.suptitle(f"Held-out books; the window reaches back at most {reach} tokens")
+    figure.suptitle(f"Held-out books; attention reaches at most {reach} tokens back")
     figure.savefig(path, dpi=110)
 
 

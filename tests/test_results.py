@@ -71,6 +71,16 @@ def test_every_page_is_in_the_index():
     assert not [page.name for page in PAGES if page.name != "README.md" and f"({page.name}" not in index]
 
 
+def test_plots_are_drawn_from_the_recorded_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    from examples.figures import redraw
+
+    redraw.main(["--out", str(tmp_path)])
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(f"{name}.png" for name in redraw.PLOTS)
+    assert all((RESULTS / "png" / name).exists() for name in drawn)
+
+
 def percent(values):
     return [100 * value for value in values]
 

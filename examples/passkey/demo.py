@@ -196,7 +196,7 @@ def plot(table, lengths, title, path):
         ablated = "memory" in name
         axes.plot(*zip(*known, strict=True), marker="o", linestyle=":" if ablated else "-", label=name)
     axes.axvline(lengths[0], color="grey", linewidth=1)
-    axes.annotate(" longest text trained on", (lengths[0], 0.5), color="grey")
+    axes.annotate(" longest text in training", (lengths[0], 0.5), color="grey")
     axes.set(xscale="log", xlabel="tokens between key and question", ylabel="exact keys", ylim=(-0.02, 1.02))
     axes.set_title(title)
     axes.legend(fontsize="small")

@@ -205,7 +205,7 @@ def main(argv=None):
         "models": details,
     }
     (args.out / "passkey_length.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, f"PassKey, key anywhere in {PROSE[args.prose]}", args.out / "passkey_length.png")
+    plot(result, f"PassKey, key at a random position in {PROSE[args.prose]}", args.out / "passkey_length.png")
     for title, by_factor in exact.get(read, {}).items():
         cells = (f"{f}: {100 * np.mean(list(by_factor[f].values())):.1f}" for f in sorted(by_factor, key=int))
         print(f"{title:<36}" + "  ".join(cells))

@@ -83,8 +83,8 @@ def plot(result, title, path):
         style = {"linestyle": ":", "marker": "x"} if "memory" in name else {"linestyle": "-", "marker": "o"}
         (line,) = axes.plot(factors, [np.mean(v) for v in values], label=name, **style)
         axes.fill_between(factors, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
-    axes.set(xscale="log", ylim=(-0.02, 1.02), ylabel="exact keys (mean and span of seeds)")
-    axes.set(xlabel=f"length of the text, times the longest trained on ({longest:,} tokens)")
+    axes.set(xscale="log", ylim=(-0.02, 1.02), ylabel="exact keys (mean and range over seeds)")
+    axes.set(xlabel=f"length of the text, times the longest in training ({longest:,} tokens)")
     above = axes.secondary_xaxis("top", functions=(lambda x: x * longest, lambda x: x / longest))
     above.set_xlabel("tokens")
     axes.set_title(title, fontsize="medium")

@@ -46,9 +46,7 @@ def plot(found, path):
     names = [sweep for sweep in SWEEPS if sweep != "baseline"]
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.6), layout="constrained", sharey=True)
     for axis, name in zip(axes, names, strict=True):
-        axis.plot(
-            found["filler_tokens"], rows[baseline]["exact"], marker="o", color="black", label=f"{baseline} (base)"
-        )
+        axis.plot(found["filler_tokens"], rows[baseline]["exact"], marker="o", color="black", label="defaults")
         for title, row in rows.items():
             if row["sweep"] == name:
                 axis.plot(found["filler_tokens"], row["exact"], marker="o", label=title)

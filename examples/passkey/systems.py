@@ -92,13 +92,13 @@ def plot(found, path):
         drawn = [(n, y) for blocks, n, y in rows if blocks % found["chunk_blocks"] == 1]
         for axis, unit in zip(axes, (found["longest_trained"], reach), strict=True):
             axis.plot([n / unit for n, _ in drawn], [y for _, y in drawn], **style)
-    for axis, label in zip(axes, ("the longest filler trained on", "depth × window of each system"), strict=True):
+    for axis, label in zip(axes, ("longest filler in training", "(layers × window of each system)"), strict=True):
         axis.axvline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"filler tokens / {label}", ylim=(-0.02, 1.02))
     axes[0].set_ylabel("exact keys")
-    axes[1].legend(fontsize=8, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     given = found["arguments"]
-    title = f"PassKey, {given['filler']} filler, {given['digits']} digits, {ROWS} rows, {given['steps']} steps"
+    title = f"PassKey, {given['filler']} filler, {given['digits']} digits, {ROWS} texts, {given['steps']} steps"
     figure.suptitle(f"{title}, seed {given['seed']}, {found['backend']}", fontsize=11)
     figure.savefig(path, dpi=100)
 
