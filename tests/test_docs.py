@@ -1,0 +1,98 @@
+"""The documentation: its Python runs and prints what it shows, its links, commands and files exist, README is short."""
+
+import contextlib
+import io
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "keras_fam" / "README.md", *(ROOT / "examples").rglob("*.md")])
+PAGES = [page for page in PAGES if page.exists()]
+RUN = [page for page in PAGES if page == ROOT / "README.md" or page.parent.name == "guides"]
+# A fenced block of Python, perhaps after `<!-- not run: reason -->`, and what it prints, if shown.
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```python\n(?P<code>.*?)^```\n"
+    r"(?:\n(?P<varies><!-- output varies -->\n)?```\n(?P<output>.*?)^```\n)?",
+    re.DOTALL | re.MULTILINE,
+)
+OPTIONAL = {"keras_hub": "keras_hub", "visualize": "matplotlib", "SaveProgress": "safetensors"}
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def without_code(text):
+    """Markdown without fenced blocks, in which `[a](b)` is no link."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_python_blocks_run_and_print_what_they_show(page, tmp_path, monkeypatch):
+    text = page.read_text()
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python\n"), "a block of Python does not stand on lines of its own"
+    for block in blocks:
+        compile(block["code"], name(page), "exec")
+    blocks = [block for block in blocks if not block["reason"]]
+    code = "\n".join(block["code"] for block in blocks)
+    for word, package in OPTIONAL.items():
+        if word in code:
+            pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names, printed = {"__name__": "guide"}, {}
+    for block in blocks:
+        line = text[: block.start("code")].count("\n")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile("\n" * line + block["code"], name(page), "exec"), names)
+        printed[line] = out.getvalue()
+        if block["output"] is not None:
+            shown = block["output"]
+            assert len(printed[line].splitlines()) == len(shown.splitlines()), f"line {line}: {printed[line]}"
+            if not block["varies"]:
+                assert printed[line] == shown, f"line {line}"
+    if page.name == "README.md":  # its claim: with memory the loss falls, without it stays at the variance
+        with_memory, without = (eval(line[1:])[-1] for line in next(iter(printed.values())).splitlines())
+        assert with_memory < 0.35 and without > 0.9
+
+
+def test_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def anchors(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.MULTILINE):
+        heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+        number = next(n for n in range(len(found) + 1) if (f"{slug}-{n}" if n else slug) not in found)
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_resolve(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_scripts_and_make_targets_exist(page):
+    text = page.read_text()
+    scripts = re.findall(r"\b(?:examples|tests|keras_fam)/[\w/]+\.(?:py|md|ipynb|json|png)\b", text)
+    missing = [script for script in scripts if not (ROOT / script).exists()]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    missing += [f"make {target}" for target in re.findall(r"^(?:.*`)?make ([a-z][\w-]*)", text, re.MULTILINE)
+                if target not in targets]  # fmt: skip
+    assert not missing
