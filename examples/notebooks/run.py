@@ -1,7 +1,7 @@
 """Runs the code cells of a notebook in this process and stores what they print and draw: Jupyter is not needed.
 
-    python examples/notebooks/run.py examples/notebooks/quickstart.ipynb
-    python examples/notebooks/run.py examples/notebooks/quickstart.ipynb --set STEPS=20 --output /tmp/short.ipynb
+    python -m examples.notebooks.run examples/notebooks/quickstart.ipynb
+    python -m examples.notebooks.run examples/notebooks/quickstart.ipynb --set STEPS=20 --output /tmp/short.ipynb
 
 Cells are plain Python, without magics. `--set` replaces values of the cell with the tag "parameters".
 """
@@ -51,12 +51,12 @@ def run(path, parameters=None):
     return notebook
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebook", type=pathlib.Path)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="values of the parameters cell")
     parser.add_argument("--output", type=pathlib.Path, help="where to store it; the notebook itself if not given")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parameters = {name: ast.literal_eval(value) for name, value in (pair.split("=", 1) for pair in args.set)}
     notebook = run(args.notebook, parameters)
     target = args.output or args.notebook

@@ -1,0 +1,1 @@
+"""Notebooks with their outputs, and a runner that needs no Jupyter."""
