@@ -123,6 +123,36 @@ def test_wrong_documents():
         DocumentRows(documents(), B, C, steps_per_epoch=0)
 
 
+def test_documents_end_with_their_passes():
+    """Padding is not read as data, and shards end together."""
+    texts = documents()
+    rows = DocumentRows(texts, B, C, passes=1)
+    assert rows.batches_left == len(rows)
+    rows.advance(len(rows) - 1)
+    assert rows.batches_left == len(rows) == 1 and rows[0][2].any()
+    rows.advance(1)
+    assert rows.batches_left == 0
+    for read_on in (lambda: rows[0], lambda: list(rows)):
+        with pytest.raises(ValueError, match="All documents were read 1 times"):
+            read_on()
+    whole, parts = (
+        DocumentRows(texts, 4, C, passes=1),
+        [DocumentRows(texts, 2, C, passes=1, shard=(i, 2)) for i in (0, 1)],
+    )
+    assert [len(part) for part in parts] == [len(whole)] * 2
+    assert DocumentRows(texts, B, C).batches_left is None
+
+
+def test_workers_are_refused():
+    """Keras' workers lose the order: the class that promises it says so."""
+    for wrong in ({"workers": 2}, {"workers": 1, "use_multiprocessing": True}):
+        with pytest.raises(ValueError, match="Use workers=1"):
+            DocumentRows(documents(), B, C, steps_per_epoch=5, **wrong)
+        with pytest.raises(ValueError, match="TaskBatches has workers"):
+            TaskBatches(AssociativeRecall(num_pairs=2), 2, block_size=8, blocks=2, **wrong)
+    DocumentRows(documents(), B, C, steps_per_epoch=5, workers=1, max_queue_size=3)
+
+
 def test_tf_dataset():
     pytest.importorskip("tensorflow")
     rows = DocumentRows(documents(), B, C, steps_per_epoch=5)

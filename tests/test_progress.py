@@ -12,7 +12,7 @@ import keras_fam
 from keras_fam.data import DocumentRows, TaskBatches
 from keras_fam.tasks import AssociativeRecall
 from keras_fam.training import Curriculum, DatasetPosition, SaveProgress
-from keras_fam.training.stateful import chunks_of
+from keras_fam.training.batches import chunks_of
 
 V, S, B, STEPS = 11, 4, 2, 5
 
@@ -133,6 +133,24 @@ def test_fit_moves_the_place_on(stream):
         stream.fit(make_rows(), steps_per_epoch=3, verbose=0)
     with pytest.raises(ValueError, match="built and compiled"):
         SaveProgress("nowhere.safetensors", make_lm(), rows)
+
+
+def test_no_epoch_of_padding(stream):
+    """A dataset that ends says so before training, and again when it is at its end."""
+    rows = make_rows(steps_per_epoch=None, passes=1)
+    before = stream.model.get_weights()
+    with pytest.raises(ValueError, match=rf"data for {len(rows)} more batches.*Received: 3 epochs"):
+        stream.fit(rows, epochs=3, verbose=0)
+    with pytest.raises(ValueError, match="Received: 2 epochs"):
+        SaveProgress("nowhere.safetensors", stream, rows).fit(2, verbose=0)
+    for value, expected in zip(stream.model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert rows.position == 0
+    stream.fit(rows, verbose=0)
+    assert rows.position == len(rows)
+    for method in (stream.fit, stream.evaluate):
+        with pytest.raises(ValueError, match=r"All documents were read|Received: 1 epochs"):
+            method(rows, verbose=0)
 
 
 def test_curricula(stream):

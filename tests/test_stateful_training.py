@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import close, numpy, quick_compile
+from support import close, numpy
 
 import keras_fam
 from keras_fam.ops.backend import value_and_gradient
@@ -12,6 +12,7 @@ from keras_fam.ops.backend import value_and_gradient
 V, S, B = 13, 4, 2
 TOKENS = np.random.default_rng(0).integers(0, V, (B, 6 * S)).astype("int32")
 TARGETS = np.roll(TOKENS, -1, axis=1)
+QUICK = {"jit_compile": False} if keras.backend.backend() == "tensorflow" else {}  # XLA takes longer to compile a step
 CHUNKS = [slice(first, first + 2 * S) for first in range(0, 6 * S, 2 * S)]
 
 
@@ -44,7 +45,7 @@ def make_lm(num_layers=2, **settings):
 
 def make_stream(optimizer=None, **compile_options):
     stream = keras_fam.StreamingModel(make_lm(), B)
-    stream.compile(optimizer or keras.optimizers.SGD(0.5), **compile_options)
+    stream.compile(optimizer or keras.optimizers.SGD(0.5), **QUICK, **compile_options)
     return stream
 
 
@@ -138,7 +139,7 @@ def test_reset_every_epoch_and_callbacks():
 
     class Watch(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
-            seen.append(int(numpy(self.model.state.position.block_index).max()))
+            seen.append(int(numpy(stream.state.position.block_index).max()))
 
     stream = make_stream()
     history = stream.fit(Chunks(), epochs=2, verbose=0, reset_every_epoch=True, callbacks=[Watch()])
@@ -201,16 +202,16 @@ def test_the_end_of_the_data_moves_nothing():
     """Position, draws and counters are those of the batches that were there. TensorFlow finds the end within a step,
     which then must not assign anything."""
     stream = keras_fam.StreamingModel(make_lm(1, dropout=0.1), B)
-    quick_compile(stream, "sgd")
+    stream.compile("sgd", **QUICK)
     stream.fit(batches(), verbose=0)
     assert stream.position.tolist() == [6 * S] * B
     assert draws(stream.model.backbone.seed_generator) == len(CHUNKS)
-    assert int(numpy(stream._carried.optimizer.iterations)) == len(CHUNKS)
+    assert int(numpy(stream._trainer.optimizer.iterations)) == len(CHUNKS)
     stream.evaluate(batches(), verbose=0)
     assert stream.position.tolist() == [12 * S] * B
 
     lm = make_lm(1, dropout=0.1, random_state_passing=keras_fam.Ramp(0.8, delay=2))
-    quick_compile(lm, "sgd")
+    lm.compile("sgd", **QUICK)
     lm.fit(batches(), verbose=0)
     passing = lm.backbone.random_state_passing
     assert int(numpy(passing.steps)) == len(CHUNKS)
@@ -219,9 +220,140 @@ def test_the_end_of_the_data_moves_nothing():
     block = keras_fam.TransformerFAMBlock(2, 8, 16, block_size=S, fam_length=2, dropout=0.1, stateful=True)
     tokens = keras.Input(batch_shape=(B, 2 * S), dtype="int32")
     model = keras.Model(tokens, keras.layers.Dense(V)(block(keras.layers.Embedding(V, 16)(tokens))))
-    options = {"jit_compile": False} if keras.backend.backend() == "tensorflow" else {}
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), **options)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), **QUICK)
     for read, method in enumerate((model.fit, model.evaluate), start=1):
         method(batches(), verbose=0)
         assert numpy(block.state.position.block_index).tolist() == [6 * read] * B
         assert draws(block.seed_generator) == len(CHUNKS)
+
+
+def test_validation_changes_nothing():
+    """Losses with and without validation are equal to the bit; each validation reads from the initial state."""
+    stream = keras_fam.StreamingModel(make_lm(1), B)
+    stream.compile(keras.optimizers.SGD(0.5), **QUICK)
+    weights, reads = stream.model.get_weights(), []
+    plain = stream.fit(Chunks(), epochs=2, verbose=0).history["loss"]
+    state = [numpy(x) for x in keras.tree.flatten(stream.state)]
+    stream.model.set_weights(weights)
+    stream.reset_state()
+    note = keras.callbacks.LambdaCallback(
+        on_test_batch_end=lambda batch, logs: reads.append(numpy(stream.state.position.block_index).tolist())
+    )
+    given = [(np.flip(TOKENS[:, part], 1), TARGETS[:, part]) for part in CHUNKS[:2]]
+    history = stream.fit(Chunks(), epochs=2, validation_data=given, callbacks=[note], verbose=0).history
+    assert history["loss"] == plain
+    for value, expected in zip(keras.tree.flatten(stream.state), state, strict=True):
+        np.testing.assert_array_equal(numpy(value), expected)
+    assert reads == 2 * [[2] * B, [4] * B] and stream.position.tolist() == [12 * S] * B
+    stream.reset_state()
+    assert stream.evaluate(given, verbose=0, return_dict=True)["loss"] == history["val_loss"][1]
+    with pytest.raises(ValueError, match="`validation_data` as a list or a dataset"):
+        stream.fit(Chunks(), epochs=2, validation_data=iter(given), verbose=0)
+
+
+def test_callbacks_get_the_model(tmp_path):
+    """Checkpoints hold the model and its optimizer; schedules and early stopping act on the training."""
+    stream = keras_fam.StreamingModel(make_lm(1), B)
+    stream.compile(keras.optimizers.Adam(1e-2), **QUICK)
+    lm, seen = stream.model, []
+
+    class Watch(keras.callbacks.Callback):
+        def set_model(self, model):
+            super().set_model(model)
+            seen.append(model)
+
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(numpy(self.model.backbone.blocks[0].up.kernel))
+
+    checkpoints = [
+        keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True),
+        keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"),
+    ]
+    rates = keras.callbacks.LearningRateScheduler(lambda epoch: 1e-2 if epoch == 0 else 0.0)
+    stops = keras.callbacks.EarlyStopping("sparse_categorical_accuracy", min_delta=2.0, patience=1, verbose=0)
+    history = stream.fit(Chunks(), epochs=5, verbose=0, callbacks=[Watch(), *checkpoints, rates, stops])
+    assert seen[0] is lm and (seen[1] != seen[2]).any() and len(history.epoch) == 2
+    assert history.history["learning_rate"] == [float(np.float32(1e-2)), 0.0]
+    np.testing.assert_array_equal(seen[4], seen[-1])  # at rate 0
+    assert not lm.compiled and "set_model" not in vars(stops) and "jax_state_sync" not in vars(lm)
+
+    other = make_lm(1)
+    for variable in other.trainable_variables:
+        variable.assign(ops.zeros_like(variable.value))
+    other.load_weights(tmp_path / "2.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "2.keras")
+    for variable, *found in zip(lm.variables, other.variables, loaded.variables, strict=True):
+        for value in found:
+            np.testing.assert_array_equal(numpy(value), numpy(variable))
+    again = keras_fam.StreamingModel(loaded, B)
+    again.compile(**QUICK)
+    again.set_state(stream.state)
+    for one in (stream, again):
+        one._trainer.optimizer.learning_rate = 1e-2
+        one.train_on_batch(TOKENS[:, CHUNKS[0]], TARGETS[:, CHUNKS[0]])
+    assert int(numpy(loaded.optimizer.iterations)) == 2 * len(CHUNKS) + 1
+    for variable, other in zip(lm.trainable_variables, loaded.trainable_variables, strict=True):
+        close(other, numpy(variable), 1e-5)
+
+
+def test_batches_as_lists_and_iterators():
+    """What `fit` promises to take; what it cannot read in order is refused, and nothing has moved then."""
+    stream = make_stream()
+    lists = [(TOKENS[:, part].tolist(), TARGETS[:, part].tolist()) for part in CHUNKS]
+    weights, expected = stream.model.get_weights(), stream.fit(Chunks(), verbose=0).history["loss"]
+    whole = [np.concatenate([x[:, part] for part in CHUNKS]) for x in (TOKENS, TARGETS)]
+    for given in ((lists,), (tuple(lists),), (iter(lists),), whole, [x.tolist() for x in whole]):
+        stream.model.set_weights(weights)
+        stream.reset_state()
+        assert stream.fit(*given, verbose=0).history["loss"] == expected
+        assert stream.position.tolist() == [6 * S] * B
+    stream.fit((batch for batch in 2 * lists), epochs=2, steps_per_epoch=3, verbose=0)
+    assert stream.position.tolist() == [18 * S] * B
+
+    class Workers(Chunks):
+        workers = 2
+
+    wrong = {
+        "is read once": iter(lists),
+        "workers=1": Workers(),
+        "at least one batch": [],
+        "received a ndarray": [TOKENS, TARGETS],
+        "received a tuple of 4": [(TOKENS,) * 4],
+        "received object": object(),
+    }
+    for message, given in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            stream.fit(given, epochs=2, verbose=0)
+    with pytest.raises(ValueError, match="Pass its callbacks"):
+        stream.fit(lists, callbacks=keras.callbacks.CallbackList([]))
+    for method in (stream.fit, stream.evaluate):  # at the first batch, and after some
+        for broken in ([TOKENS, TARGETS], iter([*lists, "no batch"])):
+            with pytest.raises(Exception, match="Each batch of `x`"):  # TensorFlow wraps it
+                method(broken, verbose=0)
+    assert stream.position.tolist() == [18 * S] * B
+    stream.predict(TOKENS)  # the weights are there
+
+
+def test_the_loss_of_a_float16_model_is_scaled():
+    """Gradients too small for float16 reach the weights, whatever the global policy is."""
+    lm = make_lm(1, dtype="mixed_float16")
+    stream = keras_fam.StreamingModel(lm, B)
+    stream.compile(keras.optimizers.SGD(1.0), weighted_metrics=[], **QUICK)
+    assert isinstance(stream._trainer.optimizer, keras.optimizers.LossScaleOptimizer)
+    before = numpy(lm.backbone.blocks[0].up.kernel)
+    tokens, targets = TOKENS[:, CHUNKS[0]], TARGETS[:, CHUNKS[0]]
+    stream.train_on_batch(tokens, targets, np.full(tokens.shape, 1e-7, "float32"))
+    moved = numpy(lm.backbone.blocks[0].up.kernel) - before
+    assert 0 < np.abs(moved).max() < 1e-7
+
+
+def test_new_streams_do_not_share_memory_with_the_weights():
+    """torch: a state that was a view of the memory prompt followed its training, or could no longer be read."""
+    stream = make_stream()
+    for _ in range(6):  # eagerly, then compiled
+        stream.reset_state()
+        held = numpy(stream.state.layers[0].fam).copy()
+        prompt = stream.model.backbone.memory_prompt
+        prompt.assign(prompt.value + 1.0)
+        np.testing.assert_array_equal(numpy(stream.state.layers[0].fam), held)
+        stream.set_state(stream.get_state())

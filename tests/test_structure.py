@@ -12,7 +12,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     *("ops.torch_graph", "ops.backend", "state", "distribution.state_sharding", "ops", "utils", "tasks"),
     *("layers", "baselines", "streaming.session", "streaming.sampling", "streaming.generation"),
-    *("training.dataset_position", "training.stateful", "streaming", "models", "training", "distribution", "data"),
+    *("training.batches", "training.callback_model", "training.dataset_position", "training.stateful"),
+    *("training.stream_fit", "streaming", "models", "training", "distribution", "data"),
     *("testing", "evaluation", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/torch_graph.py", "ops/scan.py", "ops/attention.py"}

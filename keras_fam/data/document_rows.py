@@ -55,7 +55,9 @@ class DocumentRows(ResumableDataset):
         shard: `(index, count)`, the index of this process among `count` processes. Together they read what one dataset
             with B · count rows reads.
         passes: None (no end), or int, how often all documents are read. Rows that are finished get padding at weight
-            0, and `steps_per_epoch` is the number of batches until all rows are finished.
+            0, and `steps_per_epoch` is by default the number of batches until the rows of all shards are finished.
+            Reading after the end raises ValueError, as does `fit` for more epochs than there is data for (except in
+            a shard whose `steps_per_epoch` is given, since another shard may have documents left).
         pad_id: int, token id of the padding.
         steps_per_epoch, **kwargs: see `ResumableDataset`.
 
@@ -95,11 +97,35 @@ class DocumentRows(ResumableDataset):
         self._orders, self._opened, self._longest = {}, {}, longest
         self._check_longest(longest)
         self._places = {0: self._start()}
+        self._ends = passes is not None and (shard[1] == 1 or steps_per_epoch is None)
         if passes is not None and steps_per_epoch is None:
-            number = 0
-            while (self._place_at(number)[:, _END] > 0).any():
-                number += 1
-            self.steps_per_epoch = max(number, 1)
+            if shard[1] == 1:
+                self.steps_per_epoch = max(self._left(), 1)
+            else:  # the last one of all shards ends the epoch
+                same = {"longest": longest, "shuffle": shuffle, "seed": seed, "passes": passes}
+                self.steps_per_epoch = DocumentRows(documents, batch_size * shard[1], chunk_tokens, **same).num_batches
+
+    @property
+    def batches_left(self):
+        """int, batches from `position` on until the rows are finished; None without end."""
+        return self._left() if self._ends else None
+
+    def _left(self):
+        number = self.position
+        while self._has_data(number):
+            number += 1
+        return number - self.position
+
+    def _has_data(self, number):
+        return bool((self._place_at(number)[:, _END] > 0).any())
+
+    def __getitem__(self, index):
+        if self._ends and not self._has_data(self.position):
+            raise ValueError(
+                f"All documents were read {self.passes} times, at batch {self.position}; what follows is padding. "
+                "Make a new dataset, or use passes=None, which reads without end."
+            )
+        return super().__getitem__(index)
 
     @property
     def longest(self):

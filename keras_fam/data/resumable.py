@@ -5,6 +5,8 @@ import itertools
 import keras
 import numpy as np
 
+from keras_fam.training.batches import check_workers
+
 
 class ResumableDataset(keras.utils.PyDataset):
     """A `keras.utils.PyDataset` whose batches depend on their number alone, with a position that can be saved.
@@ -14,16 +16,23 @@ class ResumableDataset(keras.utils.PyDataset):
     `advance`. Subclasses implement `batch_at`, and list what else their batches depend on in `settings` (which must be
     equal when a saved position is loaded) or in `saved` and `restore` (which may change).
 
+    Batches are read in order, by one worker: Keras' worker threads and processes lose the order (after the trial batch
+    that JAX and torch read, the batches prefetched with it come first). `to_tf_dataset` prefetches in order.
+
     Args:
         steps_per_epoch: None (no end; `fit` then needs `steps_per_epoch`), or int, batches per epoch.
-        **kwargs: `workers`, `use_multiprocessing`, `max_queue_size` of `PyDataset`.
+        **kwargs: `workers` (at most 1), `use_multiprocessing` (False) and `max_queue_size` of `PyDataset`.
 
     Attributes:
         position: int, batches that training has used.
+
+    Raises:
+        ValueError: for `steps_per_epoch` below 1, or several workers.
     """
 
     def __init__(self, steps_per_epoch=None, **kwargs):
         super().__init__(**kwargs)
+        check_workers(self.workers, self.use_multiprocessing, type(self).__name__)
         if steps_per_epoch is not None and (not isinstance(steps_per_epoch, int) or steps_per_epoch < 1):
             raise ValueError(
                 f"`steps_per_epoch` must be None or a positive integer. Received: steps_per_epoch={steps_per_epoch!r}"
@@ -56,6 +65,11 @@ class ResumableDataset(keras.utils.PyDataset):
     def num_batches(self):
         """int, batches left in this epoch; None without `steps_per_epoch`."""
         return self.steps_per_epoch and self.steps_per_epoch - self.position % self.steps_per_epoch
+
+    @property
+    def batches_left(self):
+        """int, batches from `position` on that have data; None without end."""
+        return None
 
     def __len__(self):
         if self.steps_per_epoch is None:

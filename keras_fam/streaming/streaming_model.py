@@ -8,11 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import compiled, programs_of
+from keras_fam.ops.backend import compiled, programs_of, runs_eagerly
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 from keras_fam.streaming import session
 from keras_fam.streaming.generation import generate, generate_stream
-from keras_fam.training.stateful import StreamTraining, predict_chunks
+from keras_fam.training.batches import predict_chunks
+from keras_fam.training.stream_fit import StreamTraining
 
 COMPILE_RESET_AFTER = 4  # from this time on that streams start anew, the program that makes their state is compiled
 
@@ -166,8 +167,8 @@ class StreamingModel(StreamTraining):
 
     @property
     def state(self):
-        """The `StreamState` of all rows."""
-        return self._state
+        """The `StreamState` of all rows; in a callback of `fit`, after the last batch."""
+        return self._trained_state() if self._trains else self._state
 
     def reset_state(self, rows=None):
         """Lets rows start anew.
@@ -265,16 +266,19 @@ class StreamingModel(StreamTraining):
         self.position = np.zeros(self.batch_size, "int64")
 
     def _initial_state(self, count):
-        """The state of new streams: the first memories pass all layers, which takes long operation by operation."""
+        """The state of new streams. Eagerly it takes long, since the first memories pass all layers."""
         model, key = self.model, ("initial", count)
         found = self._programs.setdefault(key, 1)
         if found == COMPILE_RESET_AFTER:
             found = compiled(lambda: model.get_initial_state(count), lambda: model.variables)
-        elif isinstance(found, int):
-            self._programs[key] = found + 1
-            return model.get_initial_state(count)
+        if isinstance(found, int):
+            found, state = found + 1, model.get_initial_state(count)
+        else:
+            state = found()
         self._programs[key] = found
-        return found()
+        if runs_eagerly():  # not as a view of weights, which training changes in place
+            state = keras.tree.map_structure(lambda x: ops.copy(ops.stop_gradient(x)), state)
+        return state
 
     def _initial_logits(self, count):
         """Logits of rows that have read nothing."""

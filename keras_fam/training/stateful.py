@@ -1,57 +1,46 @@
-"""Loops over successive chunks with carried state: Keras' `fit`, `evaluate` and callbacks, for streams.
+"""The Keras model that trains with a state carried from batch to batch.
 
-The state is held in non-trainable variables of a small model around the user's, so that Keras' own compiled steps carry
-it from batch to batch, on every backend.
+The state is held in non-trainable variables of a small model around the user's, so that Keras' compiled steps carry it
+on every backend.
 """
 
-import contextlib
-import itertools
-
 import keras
-import numpy as np
 from keras import ops
 
 from keras_fam.distribution.state_sharding import state_variables
 from keras_fam.layers.recurrent import check_padding_mask
 from keras_fam.ops.backend import wait_for
 from keras_fam.state import map_specs, where_rows
-from keras_fam.training.dataset_position import following
-
-INPUTS = ("token_ids", "lengths", "padding_mask", "reset")
-
-
-def unpack(inputs):
-    """`(tokens, lengths, padding_mask, reset)` of one chunk: an array, or a dict of `INPUTS`."""
-    if not isinstance(inputs, dict):
-        return inputs, None, None, None
-    unknown = sorted(set(inputs) - set(INPUTS))
-    if unknown or "token_ids" not in inputs:
-        raise ValueError(
-            f"A chunk is an array, or a dict of 'token_ids' and perhaps {INPUTS[1:]}; received the keys "
-            f"{sorted(inputs)}."
-        )
-    if inputs.get("lengths") is not None and inputs.get("padding_mask") is not None:
-        raise ValueError("A chunk has 'lengths' or a 'padding_mask'; received both. Leave one out.")
-    return tuple(inputs.get(name) for name in INPUTS)
+from keras_fam.training.batches import unpack
+from keras_fam.training.callback_model import of_the_model
 
 
 class StatefulTrainer(keras.Model):
-    """A Keras model whose rows go on where the last batch left them.
+    """A Keras model around a TransformerFAM model: each row of a batch continues that row of the batch before.
 
     Inputs are `[B, T]` chunks (`[B, T, D]` for a layer), or a dict of `"token_ids"`, `"lengths"` int `[B]` or
-    `"padding_mask"` bool `[B, T]`, and `"reset"` bool `[B]`: rows that start anew before the chunk. Outputs are those
-    of the wrapped model. Gradients stop where a chunk starts: back-propagation is truncated to one chunk, a model with
-    `remat=True` keeps the memory of a long one small, and one with `backpropagation_steps` truncates within it.
+    `"padding_mask"` bool `[B, T]`, and `"reset"` bool `[B]`: rows whose state is reset before the chunk. Outputs are
+    those of the wrapped model. Gradients stop at the start of a chunk (truncated back-propagation through time); a
+    model with `remat=True` needs little memory for a long chunk, and one with `backpropagation_steps` truncates within
+    it.
 
     Args:
         model: a built TransformerFAM model or layer.
         batch_size: B.
-        aligned: whether all chunks are whole blocks, which saves work: None lets the first chunk decide. A later chunk
-            that breaks the promise raises ValueError.
+        block_size: S.
+        aligned: whether all chunks consist of whole blocks, which saves work; None: as the first chunk does. A later
+            chunk that does not raises ValueError.
     """
 
+    # Callbacks get the user's model, so what they set there is what `fit` reads.
+    stop_training = of_the_model("stop_training", False)
+    stop_evaluating = of_the_model("stop_evaluating", False)
+    _initial_epoch = of_the_model("_initial_epoch", None)
+
     def __init__(self, model, batch_size, block_size, aligned=None):
-        super().__init__(name=f"{model.name}_with_state")
+        # The policy, so that `compile` scales the loss of a float16 model; the model casts for itself.
+        super().__init__(name=f"{model.name}_with_state", dtype=model.dtype_policy, autocast=False)
+        vars(self)["user_model"] = model if isinstance(model, keras.Model) else None  # untracked: `wrapped` is tracked
         self.wrapped, self.rows, self.block_size, self.aligned = model, batch_size, block_size, aligned
         self._spec = lambda: model.state_spec(batch_size)  # hidden from the tracking of tuples
         self.held = state_variables(self._spec())
@@ -64,9 +53,9 @@ class StatefulTrainer(keras.Model):
         return outputs
 
     def read(self, inputs, training=None):
-        """Outputs of a chunk and the state behind it, which gradients still pass; what is held stays as it is.
+        """Outputs of a chunk and the state after it, through which gradients pass; the state held is unchanged.
 
-        For subclasses that look at the state before they `hold` it, for example to ask questions on the side.
+        For subclasses that use the state before they assign it, for example in an auxiliary loss.
         """
         tokens, lengths, padding_mask, reset = unpack(inputs)
         length = tokens.shape[1]
@@ -74,13 +63,13 @@ class StatefulTrainer(keras.Model):
             self.aligned = lengths is padding_mask is None and length is not None and length % self.block_size == 0
         self.check(tokens, lengths, padding_mask)
         state = self.state
-        # Rows that start here take F_0 from the weights of this step, so that gradients reach the memory prompt.
+        # Rows at their start take F_0 from the weights of this step, so that gradients reach the memory prompt.
         starts = ops.logical_and(state.position.block_index == 0, state.position.offset == 0)
         if reset is not None:
             starts = ops.logical_or(starts, ops.cast(reset, "bool"))
         state = where_rows(starts, self.wrapped.get_initial_state(self.rows), state)
         if padding_mask is None:
-            aligned = self.aligned and length is not None  # TensorFlow: a length known at run time may be any
+            aligned = self.aligned and length is not None  # TensorFlow: an unknown length may be any
             outputs, state = self.wrapped.advance(
                 tokens, state, lengths=lengths, aligned=aligned, training=bool(training)
             )
@@ -100,172 +89,58 @@ class StatefulTrainer(keras.Model):
             return super().test_step(*args)
 
     def check(self, tokens, lengths=None, padding_mask=None):
-        """Raises ValueError unless a chunk has a row for each stream, and whole blocks if they were promised."""
+        """Raises ValueError unless a chunk has a row for each stream, and whole blocks if `aligned`."""
         if tokens.shape[0] not in (None, self.rows):
             raise ValueError(
-                f"There are {self.rows} streams, and each batch has a row for each; received {tokens.shape[0]} rows. "
-                "Rows without new tokens take part with lengths=0."
+                f"Each batch has a row for each of the {self.rows} streams; received {tokens.shape[0]} rows. Rows "
+                "without new tokens have lengths=0."
             )
         length = tokens.shape[1]
         ragged = lengths is not None or padding_mask is not None
         if self.aligned and (ragged or (length is not None and length % self.block_size)):
             raise ValueError(
-                f"The first chunk was a whole number of blocks, so all are (block_size {self.block_size}, no lengths, "
-                f"no padding); received {length} tokens. Pass aligned=False to `compile` for chunks of any length."
+                f"The first chunk consisted of whole blocks, so all do (block_size {self.block_size}, no lengths, no "
+                f"padding); received {length} tokens. Pass aligned=False to `compile` for chunks of any length."
             )
 
     @property
     def state(self):
-        """The `StreamState` held; the values are copies, since steps may reuse the variables' memory."""
+        """The `StreamState` held, as copies, since compiled steps may reuse the variables' memory."""
         held = iter(self.held)
         return map_specs(lambda _: ops.copy(next(held).value), self._spec())
 
     def assign_state(self, state):
-        """Puts a `StreamState` in place of the one held."""
+        """Replaces the `StreamState` held."""
         for held, new in zip(self.held, keras.tree.flatten(state), strict=True):
             held.assign(new)
 
-
-class StreamTraining:
-    """`compile`, `fit`, `evaluate` and `train_on_batch` of a `StreamingModel`: training on carried state."""
-
-    _carried = None
-
-    def compile(self, optimizer=None, loss="auto", *, weighted_metrics="auto", aligned=None, **kwargs):
-        """As `keras.Model.compile`, for training on successive chunks.
-
-        Args:
-            optimizer: None takes the model's own, if it is compiled, else Adam.
-            loss: `"auto"` takes the model's own, if it is compiled, else next-token cross-entropy on logits.
-            weighted_metrics: `"auto"` is the accuracy, weighted by the loss weights, where `loss` is `"auto"`.
-            aligned: see `StatefulTrainer`.
-            **kwargs: see `keras.Model.compile`.
-        """
-        model = self.model
-        compiled = isinstance(model, keras.Model) and model.compiled
-        if optimizer is None:
-            optimizer = model.optimizer if compiled else "adam"
-        if weighted_metrics == "auto":
-            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()] if loss == "auto" else None
-        if loss == "auto":
-            loss = model.loss if compiled else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        self._carried = StatefulTrainer(model, self.batch_size, self.block_size, aligned)
-        self._carried.compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
-
-    def fit(self, x=None, y=None, *, sample_weight=None, reset_every_epoch=False, callbacks=None, **kwargs):
-        """As `keras.Model.fit`, but every batch goes on from the state that the last one left.
-
-        A batch is `(chunk, targets)` or `(chunk, targets, weights)`; a chunk is int `[B, T]`, or a dict of
-        `"token_ids"`, `"lengths"` int `[B]` or `"padding_mask"` bool `[B, T]`, and `"reset"` bool `[B]` (rows whose
-        document starts anew). Row b of one batch continues row b of the batch before, so nothing is ever shuffled.
-        Gradients stop where a chunk starts.
-
-        Args:
-            x: a `PyDataset`, `tf.data.Dataset`, iterable of batches, or an array of chunks, B rows each. The place of
-                a `keras_fam.data` dataset moves on with training, so that the next `fit` reads on.
-            y: targets, if `x` is an array.
-            sample_weight: loss weights, if `x` is an array.
-            reset_every_epoch: whether all rows start anew with every epoch.
-            callbacks: Keras callbacks.
-            **kwargs: `epochs`, `steps_per_epoch`, `validation_data`, … of `keras.Model.fit`. Validation reads on from
-                the training's state.
-
-        Returns:
-            Keras' `History`. The streams stand behind the last chunk; after an exception they are as they were.
-        """
-        callbacks = list(callbacks or [])
-        if reset_every_epoch:
-            callbacks.insert(0, ResetEveryEpoch())
-        place = x.state_dict() if hasattr(x, "state_dict") and hasattr(x, "load_state_dict") else None
-        with self._borrow_state() as carried:
-            kwargs = {**kwargs, "shuffle": False, "callbacks": following(x, callbacks)}
-            try:
-                return carried.fit(x, y, sample_weight=sample_weight, **self._batched(x, kwargs))
-            except BaseException:
-                if place is not None:  # as the streams do, the data stand where they stood
-                    x.load_state_dict(place)
-                raise
-
-    def evaluate(self, x=None, y=None, *, sample_weight=None, **kwargs):
-        """As `keras.Model.evaluate`, over successive chunks; see `fit`."""
-        with self._borrow_state() as carried:
-            return carried.evaluate(x, y, sample_weight=sample_weight, **self._batched(x, kwargs))
-
-    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
-        """As `keras.Model.train_on_batch`, from the state that the last call left; see `fit` for `x`."""
-        with self._borrow_state() as carried:
-            carried.check(*map(_as_array, unpack(x)[:3]))
-            return carried.train_on_batch(x, y, sample_weight=sample_weight, **kwargs)
-
-    def _batched(self, x, kwargs):
-        arrays = not (isinstance(x, keras.utils.PyDataset) or hasattr(x, "element_spec") or hasattr(x, "__next__"))
-        return {**kwargs, "batch_size": self.batch_size} if arrays and hasattr(x, "shape") else kwargs
-
-    @contextlib.contextmanager
-    def _borrow_state(self):
-        """The compiled model with the streams' state; what it leaves is taken over unless it fails."""
-        if self._carried is None:
-            self.compile()
-        # Copies: a compiled step may reuse the memory of the variables.
-        self._carried.assign_state(keras.tree.map_structure(ops.copy, self.state))
-        yield self._carried
-        self.set_state(self._carried.state)
+    def reset_state(self):
+        """Resets all rows."""
+        self.assign_state(self.wrapped.get_initial_state(self.rows))
 
 
 class ResetEveryEpoch(keras.callbacks.Callback):
-    """Lets all rows of a `StatefulTrainer` start anew when an epoch starts."""
+    """Resets all rows of a `StatefulTrainer` when an epoch begins."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self._trainer = trainer
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.model.assign_state(self.model.wrapped.get_initial_state(self.model.rows))
+        self._trainer.reset_state()
 
 
-def chunks_of(dataset, steps=None):
-    """Chunks of a `PyDataset`, a `tf.data.Dataset` or any iterable; targets and weights are left out."""
-    if isinstance(dataset, keras.utils.PyDataset):
-        source, number = dataset, dataset.num_batches
-        dataset = (source[i] for i in (itertools.count() if number is None else range(number)))
-    for batch in itertools.islice(dataset, steps):
-        chunk = batch[0] if isinstance(batch, (tuple, list)) else batch
-        yield keras.tree.map_structure(_to_numpy, chunk)
+class ValidationState(keras.callbacks.Callback):
+    """Lets validation within `fit` read from the initial state, and training continue from its own afterwards."""
 
+    def __init__(self, trainer):
+        super().__init__()
+        self._trainer, self._kept = trainer, None
 
-def _as_array(x):
-    return x if x is None or hasattr(x, "shape") else np.asarray(x)
+    def on_test_begin(self, logs=None):
+        self._kept = self._trainer.state
+        self._trainer.reset_state()
 
-
-def _to_numpy(x):
-    return x if isinstance(x, np.ndarray) else np.asarray(ops.convert_to_numpy(x) if hasattr(x, "shape") else x)
-
-
-def predict_chunks(stream, dataset, *, steps=None, verbose=0, callbacks=None, collect=True):
-    """Reads chunk after chunk through a `StreamingModel`, with Keras' callbacks; see `StreamingModel.predict`."""
-    total = dataset.num_batches if isinstance(dataset, keras.utils.PyDataset) else getattr(dataset, "__len__", None)
-    total = total() if callable(total) else total
-    total = steps if total is None else min(total, steps or total)
-    verbose = 1 if verbose == "auto" else verbose
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks = keras.callbacks.CallbackList(
-            callbacks,
-            add_progbar=verbose != 0,
-            verbose=verbose,
-            epochs=1,
-            steps=total,
-            model=stream.model if isinstance(stream.model, keras.Model) else keras.Model(),
-        )
-    collected = []
-    callbacks.on_predict_begin()
-    for i, chunk in enumerate(chunks_of(dataset, steps)):
-        tokens, lengths, padding_mask, reset = unpack(chunk)
-        if padding_mask is not None:
-            raise ValueError("`predict` over chunks takes 'lengths'; received a 'padding_mask'.")
-        callbacks.on_predict_batch_begin(i)
-        if reset is not None and np.any(reset):
-            stream.reset_state(np.flatnonzero(reset))
-        outputs = stream.predict(tokens, lengths)
-        if collect:
-            collected.append(outputs)
-        callbacks.on_predict_batch_end(i, {"outputs": outputs})
-    callbacks.on_predict_end()
-    if not collect or not collected:
-        return None
-    return np.concatenate(collected, axis=1)
+    def on_test_end(self, logs=None):
+        self._trainer.assign_state(self._kept)
+        self._kept = None
