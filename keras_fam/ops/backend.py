@@ -149,9 +149,9 @@ def compiled(function, variables, *, record=None):
         function: function of structures of tensors, with a structure of tensors as result.
         variables: function without arguments that lists the `keras.Variable`s it reads.
         record: where torch runs it from a traced graph (`TracedFunction`): None is nowhere; `"anywhere"`, after some
-            calls, since calling its operations takes longer than computing them; `"gpu"`, on a GPU alone, where that also
-            holds for many blocks, and after more calls. A traced function has no effects, draws no random numbers and
-            does not loop over values.
+            calls, since calling its operations takes longer than computing them; `"gpu"`, on a GPU alone, where that
+            also holds for many blocks, and after more calls. A traced function has no effects, draws no random numbers
+            and does not loop over values.
     """
     backend = keras.backend.backend()
     if backend == "jax":
