@@ -11,6 +11,7 @@ from keras_fam.models.configs import model_config
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.models.transformer_fam_causal_lm import TransformerFAMCausalLM
 from keras_fam.state import LayerState, StreamPosition, StreamState
+from keras_fam.streaming import samplers
 from keras_fam.streaming.streaming_model import StreamingModel
 from keras_fam.testing import check_streaming
 from keras_fam.training.noise import NoiseRamp, NoiseScale
@@ -41,6 +42,7 @@ __all__ = [
     "layout_map",
     "memory_statistics",
     "model_config",
+    "samplers",
     "tasks",
     "training",
 ]

@@ -13,6 +13,7 @@ from support import ORACLE, close, gradients, numpy, relative, states_close
 
 import keras_fam
 from keras_fam.models.configs import MODEL_CONFIGS, count_weights, weight_shapes
+from keras_fam.ops.programs import programs_of
 
 V, L, D = 11, 3, 16
 SETTINGS = {"vocabulary_size": V, "num_layers": L, "hidden_dim": D, "num_query_heads": 4, "num_key_value_heads": 2,
@@ -206,13 +207,13 @@ def test_streams_of_one_model_share_programs_and_do_not_outlive_their_use():
     lm, _, _ = make()
     first = keras_fam.StreamingModel(lm, 2)
     expected = first.predict(TOKENS[:, :3])
-    programs, gone = {key: made for key, made in first._programs.items() if callable(made)}, weakref.ref(first)
+    programs, gone = programs_of(lm).keys(), weakref.ref(first)
     del first
     gc.collect()
     assert gone() is None, "a compiled program keeps a stream, and so its state, alive"
     second = keras_fam.StreamingModel(lm, 2)
     np.testing.assert_array_equal(second.predict(TOKENS[:, :3]), expected)
-    assert {key: made for key, made in second._programs.items() if callable(made)} == programs and programs
+    assert programs_of(lm).keys() == programs and programs
 
 
 def test_ids_of_any_width_run_in_one_program(monkeypatch):

@@ -9,7 +9,8 @@ import keras_fam
 from keras_fam.ops import backend
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.torch_graph import WARMUP_CALLS, TracedFunction
-from keras_fam.streaming.sampling import choose, find_sampler
+from keras_fam.streaming.generation import find_sampler, start_call
+from keras_fam.streaming.sampling import choose
 
 S, V = 4, 13
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="graphs are recorded on torch alone")
@@ -93,7 +94,7 @@ def test_generation_goes_on_from_graphs(sampler, recorded):
     tokens = stream.generate([[1, 2, 3], [4]], sampler=sampler, seed=5, max_new_tokens=count)
     assert len(recorded) == 1 and all(recorded)
     other.predict(np.array([[1, 2, 3], [4, 0, 0]]), lengths=[3, 1])
-    assert choose(other, count, find_sampler(sampler, 5), ())[0].tolist() == tokens
+    assert choose(other, count, start_call(find_sampler(sampler), 5, count), ())[0].tolist() == tokens
     assert len(recorded) == 2 and all(recorded)
     ids, lengths = keras_fam.streaming.generation.pad_rows([[1, 2, 3, *tokens[0]], [4, *tokens[1]]])
     logits, _ = model.advance(ids, model.get_initial_state(2), lengths=lengths)

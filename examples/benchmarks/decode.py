@@ -92,12 +92,10 @@ def compile_all(stream):
 
 def generating(stream, args):
     """A function that generates `--new` tokens, goes back to where it was, and returns the seconds per token."""
-    from keras_fam.streaming.generation import generate
-
     state, logits = stream.get_state(), stream.next_logits
 
     def run():
-        seconds = timed(lambda: generate(stream, max_new_tokens=args.new))
+        seconds = timed(lambda: stream.generate(max_new_tokens=args.new))
         stream.set_state(state, next_logits=logits)
         return seconds / args.new
 

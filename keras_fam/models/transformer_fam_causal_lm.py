@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_fam.models.generation import generate_from
+from keras_fam.models.generation import GenerationMixin
 from keras_fam.models.lora import TaskLoRA
 from keras_fam.models.preset_io import load_backbone, load_preprocessor, save_to_preset
 from keras_fam.models.streaming_call import StreamingModelMixin
@@ -11,7 +11,7 @@ from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMCausalLM(TaskLoRA, TextTask, StreamingModelMixin, keras.Model):
+class TransformerFAMCausalLM(GenerationMixin, TaskLoRA, TextTask, StreamingModelMixin, keras.Model):
     """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
 
     `fit` takes token ids (or a dict of `"token_ids"` and `"padding_mask"`), the next tokens as targets, and loss
@@ -43,9 +43,9 @@ class TransformerFAMCausalLM(TaskLoRA, TextTask, StreamingModelMixin, keras.Mode
 
     def compile(self, optimizer="adam", loss="auto", *, weighted_metrics="auto", sampler="top_k", **kwargs):
         """As `keras.Model.compile`; the defaults are next-token cross-entropy and accuracy, weighted by the loss
-        weights. `sampler` is what `generate` uses: a name or an object of `keras_hub.samplers`; it is not saved."""
+        weights. `sampler` is what `generate` uses: a name, a config, or an object of `keras_fam.samplers` or
+        `keras_hub.samplers`."""
         self.sampler = sampler
-        vars(self).pop("_generation_streams", None)
         if loss == "auto":
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if weighted_metrics == "auto":
@@ -57,11 +57,6 @@ class TransformerFAMCausalLM(TaskLoRA, TextTask, StreamingModelMixin, keras.Mode
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
-
-    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
-        return generate_from(self, inputs, max_length, stop_token_ids, strip_prompt)
-
-    generate.__doc__ = generate_from.__doc__
 
     save_to_preset = save_to_preset
 

@@ -2,6 +2,7 @@
 torch alone in `torch_graph.py`; nowhere else."""
 
 import contextlib
+import threading
 
 import keras
 from keras import ops
@@ -135,11 +136,6 @@ def remat(function, variables):
     return with_values
 
 
-def programs_of(model) -> dict:
-    """Where a model's compiled programs are kept, for all that stream through it: each is compiled once."""
-    return vars(model).setdefault("_stream_programs", {})  # past Keras' tracking of attributes
-
-
 def compiled(function, variables, *, record=None):
     """A compiled form of a function of tensors that reads `variables` and is not differentiated.
 
@@ -178,31 +174,18 @@ def compiled(function, variables, *, record=None):
     return torch.no_grad()(function)
 
 
-def small_step(model, name, function):
-    """A function of tensors that a loop of a compiled program calls: as it is, but on torch from a recorded graph.
-
-    Args:
-        model: the model whose variables it reads, which keeps the graphs.
-        name: a key that tells it from other functions of the model.
-        function: see `compiled`.
-    """
-    if keras.backend.backend() != "torch":
-        return function
-    programs = programs_of(model)
-    if name not in programs:
-        programs[name] = compiled(function, lambda: model.variables, record="anywhere")
-    return programs[name]
-
-
 def _remade(make, variables):
-    """The program that `make()` returns, made anew when variables were replaced (LoRA, quantization)."""
-    held, program = None, None
+    """The program that `make()` returns, made again when variables were replaced (LoRA, quantization)."""
+    cached, lock = ((), None), threading.Lock()
 
     def run(*args):
-        nonlocal held, program
-        now = variables()
-        if held is None or len(held) != len(now) or any(a is not b for a, b in zip(held, now, strict=True)):
-            held, program = list(now), make()
+        nonlocal cached
+        now = list(variables())
+        known, program = cached  # one name: another thread replaces both at once
+        if program is None or len(known) != len(now) or any(a is not b for a, b in zip(known, now, strict=True)):
+            with lock:
+                program = make()
+                cached = now, program
         return program(*args)
 
     return run

@@ -9,6 +9,7 @@ A branch on values can't be recorded. `branch` (in `scan.py`) then takes its fal
 call for which one of them holds is computed anew, operation by operation. In decoding that is one call per block.
 """
 
+import collections
 import contextlib
 import hashlib
 import threading
@@ -21,6 +22,7 @@ WARMUP_CALLS, WARMUP_CALLS_LARGE = 8, 64
 LARGEST = 1 << 23  # numbers in a tensor that is compared with others, to keep one of each
 
 _local = threading.local()
+_recording = threading.Lock()  # torch patches its modules while it traces: one thread at a time
 
 
 def is_tracing():
@@ -55,7 +57,7 @@ class TracedFunction:
 
     def __init__(self, function, variables, calls_before=WARMUP_CALLS):
         self.function, self.variables, self.graphs = function, variables, {}
-        self.calls_before = calls_before
+        self.calls_before, self.calls = calls_before, collections.Counter()
 
     def __call__(self, *args):
         import torch
@@ -64,11 +66,13 @@ class TracedFunction:
         if is_tracing() or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in leaves):
             return self.function(*args)  # inside of another recording, or of an export
         kind = (len(args), *((x.shape, x.dtype, x.device) for x in leaves))
-        found = self.graphs.setdefault(kind, 0)
-        if isinstance(found, int):
-            self.graphs[kind] = found + 1
-            if found + 1 == self.calls_before:
-                self.graphs[kind] = self._record(args, leaves)
+        found = self.graphs.get(kind)
+        if found is None:
+            self.calls[kind] += 1
+            if self.calls[kind] >= self.calls_before:
+                with _recording:
+                    if kind not in self.graphs:
+                        self.graphs[kind] = self._record(args, leaves)
             return self.function(*args)
         if not found:
             return self.function(*args)

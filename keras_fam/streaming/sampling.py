@@ -1,191 +1,149 @@
-"""Sampling on a copy of a stream's state: one compiled loop of one-token steps around a KerasHub sampler."""
+"""Choosing tokens on a copy of a stream's state: one compiled loop of one-token steps around a sampler."""
 
 import contextlib
+import json
 
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import compiled, small_step
+from keras_fam.ops.backend import compiled
+from keras_fam.ops.programs import programs_of, small_step
+from keras_fam.ops.random import fold_in
+from keras_fam.streaming.samplers import check_seed
 
 SMALLEST_BUFFER = 16
 
 
-def sample(model, state, next_logits, max_new_tokens, sampler, stop_token_ids=(), *, steps=None):
-    """The next tokens of every row, chosen by a KerasHub sampler; a pure function, to be compiled by the caller.
-
-    Random samplers advance their own seed generators by `assign`: in a `keras.StatelessScope` the caller hands those
-    values in and takes them out.
+def sample(model, state, next_logits, max_new_tokens, choose, seeds, stop_token_ids=(), *, steps=None):
+    """The next tokens of every row; a pure function, to be compiled by the caller.
 
     Args:
         model: a built `TransformerFAMCausalLM`.
         state: `StreamState` of B rows. It is not changed.
         next_logits: `[B, V]`, the logits after the last token that each row has read.
         max_new_tokens: N, a Python int, the width of the result.
-        sampler: a `keras_hub.samplers.Sampler`.
-        stop_token_ids: ints or int32 scalar tensors. Sampling ends once every row has chosen one of them.
+        choose: `choose(logits, seeds)` returns int32 `[B]` and the next seeds; see `SamplerCall.chooser`.
+        seeds: a list of tensors.
+        stop_token_ids: int32 `[n]`. Sampling ends once every row has chosen one of them.
         steps: None (N), or an int32 scalar tensor from 1 to N: how many tokens are wanted. They are the last `steps`
-            columns of the result, so that one program serves every number up to N. Not for the contrastive sampler,
-            which looks at all columns.
+            columns of the result, so that one program serves every number up to N.
 
     Returns:
-        int32 `[B, N]`; what stands behind a row's first stop token is undefined.
+        `(tokens, seeds)`: int32 `[B, N]`, undefined behind a row's first stop token; and the seeds after the last draw.
     """
+    step = token_reader(model)
+    stops = ops.reshape(ops.cast(ops.convert_to_tensor(stop_token_ids), "int32"), (-1,))
+
+    def stopped(token):
+        return ops.any(ops.expand_dims(token, 1) == stops, axis=1)
+
+    def write(tokens, token, index):
+        return ops.slice_update(tokens, [0, index], ops.expand_dims(token, 1))
+
+    def going(index, tokens, token, done, state, seeds):
+        return ops.logical_and(index < max_new_tokens, ops.logical_not(ops.all(done)))
+
+    def body(index, tokens, token, done, state, seeds):
+        logits, state = step(ops.expand_dims(token, 1), state)
+        token, seeds = choose(logits, seeds)
+        tokens = write(tokens, token, index)
+        return index + 1, tokens, token, ops.logical_or(done, stopped(token)), state, seeds
+
     first = ops.cast(0 if steps is None else max_new_tokens - steps, "int32")
-    rows, width = ops.shape(next_logits)[0], max_new_tokens
-    with_hidden = class_name(sampler) == "ContrastiveSampler"
-    given = {}
-    hidden = ()
-    if with_hidden:
-        hidden = ops.zeros((rows, model.backbone.hidden_dim), "float32")
-        given["hidden_states"] = ops.zeros((rows, width, model.backbone.hidden_dim), "float32")
-
-    def one_token(token, state):
-        if not with_hidden:
-            logits, state = model.advance(token, state)
-            return state, ops.cast(logits[:, 0], "float32"), ()
-        hidden, state = model.backbone.advance(token, state)
-        logits = model.backbone.token_embedding(hidden, reverse=True)
-        return state, ops.cast(logits[:, 0], "float32"), ops.cast(hidden[:, 0], "float32")
-
-    step = small_step(model, ("one token", with_hidden), one_token)
-
-    def read(tokens, state, index):
-        return step(ops.expand_dims(ops.take(tokens, index - 1, axis=1), 1), state)
-
-    def following(tokens, cache, index):
-        """What KerasHub calls `next`: `(logits, hidden, cache)` for the token at `index`; the first logits are here."""
-        cache = ops.cond(index > first, lambda: read(tokens, cache[0], index), lambda: cache)
-        return cache[1], cache[2], cache
-
-    tokens = sampler(
-        next=following,
-        prompt=ops.full((rows, width), -1, "int32"),  # no token: it could be a stop token
-        cache=(state, ops.cast(next_logits, "float32"), hidden),
-        index=first,
-        mask=ops.broadcast_to(ops.expand_dims(ops.arange(width, dtype="int32") < first, 0), (rows, width)),
-        stop_token_ids=tuple(stop_token_ids) or None,
-        model=model,
-        **given,
-    )
-    return ops.cast(tokens, "int32")
+    token, seeds = choose(ops.cast(next_logits, "float32"), seeds)
+    tokens = ops.full((ops.shape(next_logits)[0], max_new_tokens), -1, "int32")  # no token: it could be a stop token
+    start = (first + 1, write(tokens, token, first), token, stopped(token), state, seeds)
+    _, tokens, _, _, _, seeds = ops.while_loop(going, body, start)
+    return tokens, seeds
 
 
-def class_name(sampler):
-    """Name of the KerasHub sampler that this one is, or is derived from."""
-    names = [c.__name__ for c in type(sampler).__mro__ if c.__module__.startswith("keras_hub.")]
-    return names[0] if names else ""
+def token_reader(model):
+    """`read(token, state)` for a compiled loop: int32 `[B, 1]` to float32 logits `[B, V]` and the next state."""
+
+    def read(token, state):
+        logits, state = model.advance(token, state)
+        return ops.cast(logits[:, 0], "float32"), state
+
+    return small_step(model, "read_token", read)
 
 
-def _samplers():
-    try:
-        from keras_hub import samplers
-    except ImportError as error:
-        raise ImportError("Generation uses KerasHub's samplers: pip install 'keras-fam[hub]'.") from error
-    return samplers
-
-
-def chooses_one_by_one(sampler):
-    """Whether a KerasHub sampler looks at the logits of the next token alone."""
-    return type(sampler).__call__ is _samplers().Sampler.__call__
-
-
-def find_sampler(sampler, seed, stepwise=False):
-    """A sampler object from what the user gave, seeded anew if `seed` is given."""
-    samplers = _samplers()
-    found = samplers.get(sampler)
-    if not isinstance(found, samplers.Sampler):
-        raise ValueError(
-            f"`sampler` is a name such as 'greedy' or 'top_k', or a keras_hub.samplers.Sampler; received {sampler!r}."
-        )
-    name = class_name(found)
-    if name == "SpeculativeSampler":
-        raise ValueError("The speculative sampler needs a second model; received it for one. Choose another sampler.")
-    if getattr(found, "return_all_beams", False):
-        raise ValueError("A stream goes on with one beam; received `return_all_beams=True`. Leave it at False.")
-    if stepwise and not chooses_one_by_one(found):
-        raise ValueError(
-            f"Tokens come one by one from samplers that choose them one by one; received {type(found).__name__}. "
-            "Use `generate`, or a greedy, random, top-k or top-p sampler."
-        )
-    if seed is not None:
-        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-            raise ValueError(f"`seed` is a whole number from 0 to 2³² − 1; received {seed!r}.")
-        for i, variable in enumerate(found.variables):
-            variable.assign(np.array([(int(seed) + i) % 2**32, 0], variable.dtype))
-    return found
-
-
-@contextlib.contextmanager
-def program(stream, kind, sampler, make):
-    """A compiled function around a sampler: `run(*tensors)`, whose draws go on from the sampler's seeds.
-
-    Samplers of KerasHub with equal settings share one program, which holds a copy; others are told apart by identity,
-    so keep one object for many calls. If the block raises, the sampler's seeds are as they were.
+class SamplerCall:
+    """One call's use of a sampler: the programs that it needs, and where its random numbers come from.
 
     Args:
-        stream: `StreamingModel`; its model keeps the program, for all streams.
-        kind: what tells programs apart, besides the sampler.
-        sampler: the sampler of this call.
-        make: `make(sampler)` returns the function of tensors to compile. It may hold the model, but not the stream.
+        sampler: a `keras_fam.samplers.Sampler`.
+        seed: None (the sampler's own), or an integer for this call alone.
+        count: how many tokens a row is to get at most.
+
+    Attributes:
+        key: tells the programs of samplers with other settings apart. Those of custom classes are told apart by the
+            object: keep one for many calls.
+        seeds: a list of tensors, which programs take and return.
+        stepwise: whether tokens are chosen one by one, from the logits of the next token alone.
+        exact_width: whether a program serves one number of tokens only.
+        guard: context in which its programs run.
     """
-    ours = type(sampler).__module__.startswith("keras_hub.")
-    config = {k: v for k, v in sampler.get_config().items() if k != "seed"} if ours else {}
-    key = (*kind, type(sampler), repr(sorted(config.items()))) if ours else (*kind, sampler)
-    if key not in stream._programs:
-        own = type(sampler).from_config(config) if ours else sampler
-        function = make(own)
 
-        def seeded(seeds, *args):
-            for variable, seed in zip(own.variables, seeds, strict=True):
-                variable.assign(seed)
-            result = function(*args)
-            return result, [ops.copy(variable.value) for variable in own.variables]
+    stepwise, exact_width, guard = True, False, contextlib.nullcontext()
 
-        model = stream.model
-        stream._programs[key] = compiled(seeded, lambda: model.variables)
-    call, before = stream._programs[key], [copied(v.value) for v in sampler.variables]
+    def __init__(self, sampler, seed, count):
+        self.sampler, self.count, self.first = sampler, count, None
+        seed = check_seed(seed)
+        number = 0
+        if seed is None:
+            seed, number = sampler.take_seeds(count)
+            self.first = number
+        own = type(sampler).__module__.startswith("keras_fam.")
+        config = {name: value for name, value in sampler.get_config().items() if name != "seed"} if own else {}
+        self.key = (type(sampler), json.dumps(config, sort_keys=True)) if own else (sampler,)
+        seed = np.array([seed, 0], "uint32").astype("int32")
+        self.seeds = [ops.convert_to_tensor(seed), ops.convert_to_tensor(np.int32(number % 2**31))]
 
-    def run(*args):
-        seeds = [ops.convert_to_tensor(v.value) for v in sampler.variables]
-        result, seeds = call(seeds, *args)
-        for variable, seed in zip(sampler.variables, seeds, strict=True):
-            variable.assign(seed)
-        return result
+    def chooser(self):
+        """`choose(logits, seeds)`: the next token of every row, int32 `[B]`, and the seeds of the token after it."""
+        sampler = self.sampler
 
-    try:
-        yield run
-    except BaseException:
-        for variable, seed in zip(sampler.variables, before, strict=True):
-            variable.assign(seed)
-        raise
+        def choose(logits, seeds):
+            seed, number = seeds
+            return ops.cast(sampler.choose(logits, fold_in(seed, number)), "int32"), [seed, number + 1]
+
+        return choose
+
+    def loop(self, model, size):
+        """`run(seeds, state, logits, steps, stops)`: the tokens of `sample`, and the seeds after them."""
+        choose = self.chooser()
+
+        def run(seeds, state, logits, steps, stops):
+            return sample(model, state, logits, size, choose, seeds, stops, steps=steps)
+
+        return run
+
+    def commit(self, seeds):
+        """Takes note of how far the random numbers were used."""
+        self.seeds = seeds
+
+    def undo(self):
+        """Gives the random numbers of a failed call back."""
+        if self.first is not None:
+            self.sampler.return_seeds(self.first, self.count)
 
 
-def copied(x):
-    return np.array(ops.convert_to_numpy(x))
-
-
-def choose(stream, count, sampler, stops):
+def choose(stream, count, call, stops):
     """`(tokens, lengths)`: NumPy int32 `[B, count]`, and how many of them each row keeps: its stop token is the last.
 
     The buffer is a power of two, the loop runs `count` times whatever its size: few programs and no wasted step.
     """
-    exact = class_name(sampler) == "ContrastiveSampler"
-    size = count if exact else max(SMALLEST_BUFFER, 1 << (count - 1).bit_length())
+    model = stream.model  # programs outlive the stream
+    size = count if call.exact_width else max(SMALLEST_BUFFER, 1 << (count - 1).bit_length())
     num_stops = 1 << (len(stops) - 1).bit_length() if stops else 0
     given = np.array([*stops, *[-2] * (num_stops - len(stops))], "int32")  # a program serves any stop tokens
-
-    model = stream.model
-
-    def make(sampler):
-        def run(state, logits, steps, given):
-            ends = [given[i] for i in range(num_stops)]
-            return sample(model, state, logits, size, sampler, ends, steps=None if exact else steps)
-
-        return run
-
-    with program(stream, ("sample", size, num_stops), sampler, make) as run:
-        steps = ops.convert_to_tensor(count, dtype="int32")
-        tokens = run(stream.state, stream.next_logits, steps, ops.convert_to_tensor(given))
-        tokens = ops.convert_to_numpy(tokens)[:, size - count :]
+    run = programs_of(model).get(
+        "sample", size, num_stops, *call.key, make=lambda: compiled(call.loop(model, size), lambda: model.variables)
+    )
+    steps = ops.convert_to_tensor(count, dtype="int32")
+    with call.guard:
+        tokens, seeds = run(call.seeds, stream.state, stream.next_logits, steps, ops.convert_to_tensor(given))
+    tokens = ops.convert_to_numpy(tokens)[:, size - count :]
+    call.commit(seeds)
     stopped = np.isin(tokens, stops)
     return tokens, np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, count).astype("int32")

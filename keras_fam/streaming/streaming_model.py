@@ -4,18 +4,34 @@ The state lives here, the arithmetic in the model's pure `advance`. Chunks of an
 sizes, so that each program is compiled once and never once per length.
 """
 
+import contextlib
+import functools
+import threading
+
 import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import compiled, programs_of, runs_eagerly
+from keras_fam.ops.backend import compiled, runs_eagerly
+from keras_fam.ops.programs import programs_of
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 from keras_fam.streaming import session
-from keras_fam.streaming.generation import generate, generate_stream
+from keras_fam.streaming.generation import StreamGeneration
 from keras_fam.training.batches import predict_chunks
 from keras_fam.training.stream_fit import StreamTraining
 
-COMPILE_RESET_AFTER = 4  # from this time on that streams start anew, the program that makes their state is compiled
+COMPILE_RESET_AFTER = 4  # so many initial states are made eagerly before the program that makes them is compiled
+
+
+def _exclusive(method):
+    """A method that holds the stream's lock: threads take turns."""
+
+    @functools.wraps(method)
+    def locked(self, *args, **kwargs):
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 def _last(outputs, before, lengths):
@@ -38,7 +54,7 @@ def _step(model, aligned):
     return step
 
 
-class StreamingModel(StreamTraining):
+class StreamingModel(StreamGeneration, StreamTraining):
     """Streams through a TransformerFAM model, at constant memory.
 
     ```python
@@ -70,7 +86,7 @@ class StreamingModel(StreamTraining):
         self.model, self.batch_size = model, batch_size
         self.block_size = getattr(model, "backbone", getattr(model, "attention", model)).block_size
         self.step_size = blocks_per_step * self.block_size
-        self._programs = programs_of(model)
+        self._lock = threading.RLock()
         self._reset_all()
 
     # Reading ----------------------------------------------------------------------------------------------------
@@ -101,6 +117,7 @@ class StreamingModel(StreamTraining):
         outputs = self._read(chunk, lengths)
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=1)
 
+    @_exclusive
     def _read(self, chunk, lengths=None, keep=True):
         """`predict` with the outputs as a list of pieces; none are fetched unless `keep`."""
         chunk = np.asarray(chunk)
@@ -152,16 +169,20 @@ class StreamingModel(StreamTraining):
             if lengths is None and padded != size:
                 lengths = np.full(self.batch_size, size, "int32")
             piece = np.pad(piece, [(0, 0), (0, padded - size)] + [(0, 0)] * (piece.ndim - 2))
-        key = (aligned, lengths is not None)
-        if key not in self._programs:
-            model = self.model  # programs outlive the stream
-            self._programs[key] = compiled(
-                _step(model, aligned), lambda: model.variables, record="gpu" if aligned else "anywhere"
-            )
+        model, record = self.model, "gpu" if aligned else "anywhere"  # programs outlive the stream
+        run = programs_of(model).get(
+            "read",
+            aligned,
+            lengths is not None,
+            make=lambda: compiled(_step(model, aligned), lambda: model.variables, record=record),
+        )
         given = () if lengths is None else (ops.convert_to_tensor(lengths),)
-        return self._programs[key](ops.convert_to_tensor(piece), state, *given)
+        return run(ops.convert_to_tensor(piece), state, *given)
 
-    generate, generate_stream = generate, generate_stream
+    @contextlib.contextmanager
+    def _borrow_state(self):
+        with self._lock, super()._borrow_state() as trainer:
+            yield trainer
 
     # State ------------------------------------------------------------------------------------------------------
 
@@ -170,6 +191,7 @@ class StreamingModel(StreamTraining):
         """The `StreamState` of all rows; in a callback of `fit`, after the last batch."""
         return self._trained_state() if self._trains else self._state
 
+    @_exclusive
     def reset_state(self, rows=None):
         """Lets rows start anew.
 
@@ -184,10 +206,12 @@ class StreamingModel(StreamTraining):
         self.position = self.position.copy()
         self.position[rows] = 0
 
+    @_exclusive
     def get_state(self, rows=None):
         """A `StreamState` of some rows (all if None), to be kept or handed to `set_state`."""
         return self._state if rows is None else select_rows(self._state, self._check_rows(rows))
 
+    @_exclusive
     def set_state(self, state, rows=None, next_logits=None):
         """Puts streams in place of the ones in `rows` (all if None).
 
@@ -214,6 +238,7 @@ class StreamingModel(StreamTraining):
         self._replace(rows, state, logits)
         self.position = position
 
+    @_exclusive
     def save_state(self, path, rows=None):
         """Saves streams to one safetensors file, atomically, in the place of what is there; see `keras_fam.sessions`.
 
@@ -231,6 +256,7 @@ class StreamingModel(StreamTraining):
             extras["next_logits"] = ops.convert_to_numpy(self.next_logits)[rows]
         session.save(path, self.model, self.get_state(rows), extras)
 
+    @_exclusive
     def load_state(self, path, rows=None, *, check_weights=True):
         """Puts the streams of a file, saved under any backend, in place of the ones in `rows`.
 
@@ -253,6 +279,7 @@ class StreamingModel(StreamTraining):
         self.set_state(state, rows, next_logits=extras.get("next_logits"))
         self.position[rows] = extras["position"]
 
+    @_exclusive
     def fork(self, row: int, to):
         """Copies stream `row` to the rows `to` (a row number or a sequence), which go on from there on their own."""
         to = self._check_rows([to] if isinstance(to, int) else to)
@@ -267,15 +294,18 @@ class StreamingModel(StreamTraining):
 
     def _initial_state(self, count):
         """The state of new streams. Eagerly it takes long, since the first memories pass all layers."""
-        model, key = self.model, ("initial", count)
-        found = self._programs.setdefault(key, 1)
-        if found == COMPILE_RESET_AFTER:
-            found = compiled(lambda: model.get_initial_state(count), lambda: model.variables)
-        if isinstance(found, int):
-            found, state = found + 1, model.get_initial_state(count)
-        else:
-            state = found()
-        self._programs[key] = found
+        model = self.model
+
+        def initial_state():
+            return model.get_initial_state(count)
+
+        state = programs_of(model).get_after(
+            COMPILE_RESET_AFTER,
+            "initial_state",
+            count,
+            make=lambda: compiled(initial_state, lambda: model.variables),
+            until=initial_state,
+        )()
         if runs_eagerly():  # not as a view of weights, which training changes in place
             state = keras.tree.map_structure(lambda x: ops.copy(ops.stop_gradient(x)), state)
         return state
