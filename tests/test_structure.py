@@ -13,9 +13,9 @@ ORDER = [
     *("ops.torch_graph", "ops.backend", "state", "distribution.state_sharding", "ops", "utils", "tasks"),
     *("layers", "baselines"),
     *("streaming.session", "streaming.samplers", "streaming.text", "streaming.sampling", "streaming.hub_samplers"),
-    *("streaming.generation", "training.batches", "training.callback_model", "training.dataset_position"),
-    *("training.stateful", "training.stream_fit", "streaming", "models", "training", "distribution", "data"),
-    *("testing", "evaluation", "export", "hub", ""),
+    *("streaming.generation", "training.batches", "training.callback_model", "training.checked_inputs"),
+    *("training.dataset_position", "training.stateful", "training.stream_fit", "streaming", "models", "training"),
+    *("distribution", "data", "testing", "evaluation", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/torch_graph.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}

@@ -7,6 +7,7 @@ from keras import ops
 from keras_fam.evaluation.ablation import streaming_part
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.scan import scan
+from keras_fam.ops.token_ids import check_ids_of
 
 STATISTICS = ("rms", "drift", "drift_from_first", "effective_rank")
 
@@ -38,6 +39,7 @@ class _Reader:
     def memories(self, tokens):
         """NumPy `[L, n, B, F, D]` of the next n blocks, again and again, until whole blocks run out."""
         tokens = np.asarray(tokens)
+        check_ids_of(self.model, tokens)
         rows, count = tokens.shape[0], tokens.shape[1] // self.block_size
         if not count:
             raise ValueError(

@@ -7,6 +7,7 @@ from keras import ops
 from keras_fam.evaluation.ablation import ablate_state, check_how, derangement, streaming_part
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.scan import scan
+from keras_fam.ops.token_ids import check_ids_of
 
 # What is summed per row and bucket: tokens, right ones, weights, weighted nats, weight of right ones.
 _COUNTED = 5
@@ -62,6 +63,8 @@ class StreamScorer:
         rng, state, total = np.random.default_rng(self.seed), None, 0.0
         for tokens, targets, weights, distance in pieces(texts, self.step_size):
             rows = len(tokens)
+            check_ids_of(self.model, tokens)
+            check_ids_of(self.model, targets, padding_mask=weights > 0)
             if state is None:
                 state = self.model.get_initial_state(rows)
             bucket = np.searchsorted(self.boundaries, distance, side="right") - 1

@@ -6,6 +6,7 @@ from keras import ops
 from keras_fam.layers.recurrent import check_padding_mask
 from keras_fam.ops import ragged as row_ops
 from keras_fam.ops.backend import wait_for
+from keras_fam.ops.token_ids import check_ids_of
 from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
@@ -32,6 +33,7 @@ class StreamingModelMixin:
             ValueError: for T = 0, ids that are no `[B, T]`, or a state that does not fit or holds NaN.
         """
         token_ids, padding_mask = self._unpack(inputs, padding_mask)
+        check_ids_of(self, token_ids, padding_mask=padding_mask)
         batch_size = ops.shape(token_ids)[0]
         lengths = None
         if padding_mask is not None:
@@ -79,6 +81,7 @@ class StreamingModelMixin:
             ValueError: as a call.
         """
         token_ids, _ = self._unpack(token_ids, None)
+        check_ids_of(self, token_ids, lengths)
         if not self.built:
             self.build()
         check_structure(state, self.state_spec(token_ids.shape[0]), self.name)

@@ -3,6 +3,8 @@
 import numpy as np
 from keras import ops
 
+from keras_fam.ops.token_ids import check_ids_of
+
 
 def is_text(x):
     """Whether `x` is strings: one, a list, an array, a tensor, or a `tf.data.Dataset` of them."""
@@ -91,6 +93,8 @@ class TextTask:
             raise ValueError(f"`scoring_mode` is 'logits' or 'loss'; received {scoring_mode!r}.")
         if scoring_mode == "loss" and target_ids is None:
             raise ValueError("scoring_mode='loss' needs `target_ids` [B, T], the tokens whose loss is wanted.")
+        if target_ids is not None:
+            check_ids_of(self, target_ids, padding_mask=padding_mask)
         logits = self(token_ids, padding_mask=padding_mask, training=False)
         if scoring_mode == "logits":
             return logits

@@ -21,7 +21,9 @@ from keras_fam.models.scan_layers import SEEDS_PER_LAYER, remat_layer, scan_laye
 from keras_fam.models.scan_steps import scan_steps, step_blocks
 from keras_fam.models.streaming_call import StreamingModelMixin
 from keras_fam.ops.random import fold_in, next_seed
+from keras_fam.ops.token_ids import clip_token_ids
 from keras_fam.state import StreamState, advance_position, position_spec
+from keras_fam.training.checked_inputs import CheckedInputs
 
 # Settings of a block that the backbone decides itself.
 _OWN = {
@@ -45,7 +47,7 @@ def block_settings():
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
+class TransformerFAMBackbone(LoRA, CheckedInputs, StreamingModelMixin, keras.Model):
     """Token ids to hidden states, with one memory per layer (Alg. 2, App. B).
 
     Weights are made at the first call, or by `build()`.
@@ -276,7 +278,7 @@ class TransformerFAMBackbone(LoRA, StreamingModelMixin, keras.Model):
 
     def embed(self, token_ids):
         """`[B, T]` token ids to `[B, T, D]`."""
-        x = self.token_embedding(token_ids)
+        x = self.token_embedding(clip_token_ids(token_ids, self.vocabulary_size))
         return x if self.embedding_scale is None else x * ops.cast(self.embedding_scale, x.dtype)
 
     def _finish(self, x):

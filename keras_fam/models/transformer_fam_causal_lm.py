@@ -8,10 +8,11 @@ from keras_fam.models.preset_io import load_backbone, load_preprocessor, save_to
 from keras_fam.models.streaming_call import StreamingModelMixin
 from keras_fam.models.text_inputs import TextTask
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
+from keras_fam.training.checked_inputs import CheckedInputs
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMCausalLM(GenerationMixin, TaskLoRA, TextTask, StreamingModelMixin, keras.Model):
+class TransformerFAMCausalLM(GenerationMixin, TaskLoRA, TextTask, CheckedInputs, StreamingModelMixin, keras.Model):
     """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
 
     `fit` takes token ids (or a dict of `"token_ids"` and `"padding_mask"`), the next tokens as targets, and loss

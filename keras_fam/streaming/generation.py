@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_fam.ops.backend import compiled, runs_eagerly
 from keras_fam.ops.programs import programs_of, small_step
+from keras_fam.ops.token_ids import check_ids_of
 from keras_fam.streaming.hub_samplers import HubSamplerCall, find_hub_sampler
 from keras_fam.streaming.samplers import NAMES, Sampler
 from keras_fam.streaming.sampling import SamplerCall, choose
@@ -256,12 +257,7 @@ def _as_ids(stream, prompt, lengths):
             "A prompt must be int [B, P], a list of B token lists, or B strings, with B the batch size of the stream, "
             f"{stream.batch_size}; received shape {ids.shape} of {ids.dtype}."
         )
-    size = stream.model.output_width
-    real = ids
-    if lengths is not None and np.shape(lengths) == ids.shape[:1]:  # other lengths are refused where they are read
-        real = ids[np.arange(ids.shape[1]) < np.asarray(lengths)[:, None]]
-    if real.size and (real.min() < 0 or real.max() >= size):
-        raise ValueError(f"Token ids go from 0 to {size - 1}; received {real.min()} to {real.max()}.")
+    check_ids_of(stream.model, ids, None if lengths is None else np.asarray(lengths))
     return ids.astype("int32"), lengths, text
 
 

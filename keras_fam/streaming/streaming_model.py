@@ -14,10 +14,12 @@ from keras import ops
 
 from keras_fam.ops.backend import compiled, runs_eagerly
 from keras_fam.ops.programs import programs_of
+from keras_fam.ops.token_ids import check_ids_of
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 from keras_fam.streaming import session
 from keras_fam.streaming.generation import StreamGeneration
 from keras_fam.training.batches import predict_chunks
+from keras_fam.training.checked_inputs import CheckedTraining
 from keras_fam.training.stream_fit import StreamTraining
 
 COMPILE_RESET_AFTER = 4  # so many initial states are made eagerly before the program that makes them is compiled
@@ -54,7 +56,7 @@ def _step(model, aligned):
     return step
 
 
-class StreamingModel(StreamGeneration, StreamTraining):
+class StreamingModel(StreamGeneration, CheckedTraining, StreamTraining):
     """Streams through a TransformerFAM model, at constant memory.
 
     ```python
@@ -121,8 +123,6 @@ class StreamingModel(StreamGeneration, StreamTraining):
     def _read(self, chunk, lengths=None, keep=True):
         """`predict` with the outputs as a list of pieces; none are fetched unless `keep`."""
         chunk = np.asarray(chunk)
-        if chunk.dtype.kind in "iu":
-            chunk = chunk.astype("int32")  # one program, whatever the width of the ids
         if chunk.ndim < 2 or chunk.shape[0] != self.batch_size or chunk.shape[1] == 0:
             raise ValueError(
                 f"A chunk is [batch_size, T, …] with {self.batch_size} rows and T ≥ 1; received shape {chunk.shape}. "
@@ -138,6 +138,9 @@ class StreamingModel(StreamGeneration, StreamTraining):
                 )
             if (lengths == total).all():
                 lengths = None
+        check_ids_of(self.model, chunk, lengths)
+        if chunk.dtype.kind in "iu":
+            chunk = chunk.astype("int32")  # one program, whatever the width of the ids
         state, position, outputs, first = (self._state, self.next_logits), self.position, [], 0
         while first < total:
             size, aligned = self._next_piece(total - first, position, lengths)

@@ -76,29 +76,34 @@ def find_stop_tokens(model, stop_token_ids):
 class TextPieces:
     """Turns the tokens of one row into pieces of text, whole characters at a time.
 
-    A token may end within a character of several bytes, or change how the one before it is written: the text of a few
-    tokens is compared with and without the new one, and what is not yet a character is held back.
+    A token may end within a character of several bytes, or be written differently after another one (a space before a
+    word). So the text of the last tokens is made with and without the new one, and what it adds is the piece.
     """
 
-    LONGEST = 4  # bytes of a character in UTF-8, and so the most tokens that one can take
-
     def __init__(self, model):
-        self._model, self._ids, self._context, self._written = model, [], 0, 0
+        self._model, self._ids, self._given = (
+            model,
+            [],
+            0,
+        )  # the first `_given` characters of the text of `_ids` are out
 
     def add(self, token: int) -> str:
         """The text that a token completes; `""` if there is none."""
         self._ids.append(token)
-        return self._take(finish=False)
+        text = detokenize(self._model, self._ids)
+        # A character that is not whole reads as up to three U+FFFD. Some tokenizers leave it out instead.
+        held_back = min(len(text) - len(text.rstrip("\ufffd")), 3)
+        piece = text[self._given : len(text) - held_back]
+        if piece:  # of the tokens, those are kept that hold what is held back, at least the last
+            kept = next(n for n in range(1, len(self._ids) + 1) if self._length(n) >= held_back)
+            self._given, self._ids = self._length(kept) - held_back, self._ids[-kept:]
+        return piece
+
+    def _length(self, count):
+        return len(detokenize(self._model, self._ids[-count:]))
 
     def finish(self) -> str:
         """What was held back, at the end of a row."""
-        return self._take(finish=True)
-
-    def _take(self, finish):
-        before = detokenize(self._model, self._ids[self._context : self._written])
-        text = detokenize(self._model, self._ids[self._context :])
-        waiting = text.endswith("\ufffd") and len(self._ids) - self._written < self.LONGEST
-        if len(text) <= len(before) or (waiting and not finish):
-            return ""
-        self._context, self._written = self._written, len(self._ids)
-        return text[len(before) :]
+        text = detokenize(self._model, self._ids) if self._ids else ""
+        piece, self._given = text[self._given :], len(text)
+        return piece
