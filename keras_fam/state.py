@@ -67,6 +67,9 @@ class StreamState(NamedTuple):
     position: StreamPosition
     layers: tuple
 
+    def __deepcopy__(self, memo):  # torch copies no tensor through which gradients pass
+        return keras.tree.map_structure(lambda x: ops.copy(ops.stop_gradient(x)), self)
+
 
 class Spec(NamedTuple):
     """Shape and dtype of one tensor of a state; the batch dimension may be None."""

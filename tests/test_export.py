@@ -489,15 +489,16 @@ def test_what_does_not_fit_is_refused(lm, folder, monkeypatch):
 
 
 def test_a_version_appears_whole_or_not_at_all(tmp_path):
-    from keras_fam.export.saved_model.folder import check_version, written_whole
+    from keras_fam.export.saved_model.folder import check_version
+    from keras_fam.utils.atomic import replace_folder
 
     folder = check_version(tmp_path, 3, overwrite=False)
-    with pytest.raises(RuntimeError), written_whole(folder) as new:
+    with pytest.raises(RuntimeError), replace_folder(folder) as new:
         (new / "half").write_text("")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     for text in ("first", "second"):
-        with written_whole(folder) as new:
+        with replace_folder(folder) as new:
             (new / "whole").write_text(text)
             numbers = [path.name for path in tmp_path.iterdir() if path.name.isdigit()]
             assert numbers == (["3"] if text == "second" else [])

@@ -23,7 +23,7 @@ from support import close, numpy
 import keras_fam
 from keras_fam.state import StreamState, check_finite, check_structure, map_specs, named_leaves
 from keras_fam.streaming import session
-from keras_fam.utils import safetensors_file
+from keras_fam.utils import atomic, safetensors_file
 
 HERE = pathlib.Path(__file__).parent
 V = 11
@@ -533,10 +533,10 @@ def test_failing_calls_leave_the_old_file(call, target, monkeypatch):
             return real(args[0], args[1][:1000])
         raise OSError(errno.EIO, "injected")
 
-    monkeypatch.setattr(safetensors_file.os, name, fail)
+    monkeypatch.setattr(os, name, fail)
     with pytest.raises(OSError, match="injected"):
         safetensors_file.write(target, NEW, {})
-    monkeypatch.setattr(safetensors_file.os, name, real)
+    monkeypatch.setattr(os, name, real)
     np.testing.assert_array_equal(safetensors_file.read(target)[1]["x"], OLD["x"])
     assert os.listdir(target.parent) == ["s"]
     safetensors_file.write(target, NEW, {})
@@ -617,10 +617,12 @@ def test_writers_and_readers_at_once(target):
 KILLED = """
 import importlib.util, sys, types
 import numpy as np
-sys.modules["keras_fam"] = types.SimpleNamespace(__version__="test")  # the file's module alone: it starts at once
-spec = importlib.util.spec_from_file_location("session_file", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+sys.modules["keras_fam"] = types.SimpleNamespace(__version__="test")  # the files' modules alone: they start at once
+sys.modules["keras_fam.utils"] = types.SimpleNamespace()
+for name, path in (("keras_fam.utils.atomic", sys.argv[3]), ("session_file", sys.argv[1])):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 print("ready", flush=True)
 i = 0
 while True:
@@ -633,7 +635,7 @@ def test_killed_writers_leave_a_whole_file(tmp_path):
     path, rng, seen = tmp_path / "s", np.random.default_rng(5), set()
     safetensors_file.write(path, OLD, {"value": "1"})
     for _ in range(10):
-        command = [sys.executable, "-c", KILLED, safetensors_file.__file__, str(path)]
+        command = [sys.executable, "-c", KILLED, safetensors_file.__file__, str(path), atomic.__file__]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
             assert child.stdout.readline() == b"ready\n"
             time.sleep(rng.uniform(0, 0.05))

@@ -20,7 +20,7 @@ TOKENS = [
     "ab",
     "Ã",
     "©",
-]  # the last two are the bytes of é, as GPT-2's tokenizer writes them
+]  # the last two: é in bytes, as GPT-2 writes it
 SEQUENCE_LENGTH = 12
 
 
@@ -121,7 +121,7 @@ def test_prompts_longer_than_the_preprocessor_are_read_whole():
     assert short == detokenize(lm, alone[2:])
     limit = len(ids) + 3
     assert lm.generate(prompt, max_length=limit, stop_token_ids=None) == detokenize(lm, whole[:limit])
-    with pytest.raises(ValueError, match="1 to `max_length` tokens.*Pass a larger `max_length`"):
+    with pytest.raises(ValueError, match=r"1 to `max_length` tokens.*Pass a larger `max_length`"):
         lm.generate(prompt, max_length=10)
 
 

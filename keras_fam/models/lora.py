@@ -4,12 +4,14 @@ Keras' own layers hold the factors; `layers/apply.py` computes with them. This m
 rest, and keeps the factors in files of their own.
 """
 
-import os
+import io
 import pathlib
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_fam.utils.atomic import replace_file
 
 ATTENTION = ("query", "key", "value", "output")
 FEED_FORWARD = ("gate", "up", "down")
@@ -103,16 +105,16 @@ class LoRA:
         path = _checked(path)
         import h5py
 
-        temporary = path.with_name(path.name + ".part")
-        some = next(iter(layers.values()))
-        with h5py.File(temporary, "w") as file:
+        content, some = io.BytesIO(), next(iter(layers.values()))
+        with h5py.File(content, "w") as file:
             file.attrs.update(format=FORMAT, rank=some.lora_rank, alpha=float(some.lora_alpha))
             for name, layer in layers.items():
                 file[f"lora/{name}/a"] = ops.convert_to_numpy(layer.lora_kernel_a)
                 file[f"lora/{name}/b"] = ops.convert_to_numpy(layer.lora_kernel_b)
             for i, v in enumerate(self._first_memory_weights()):
                 file[f"memory/{i}"] = np.asarray(ops.convert_to_numpy(ops.cast(v.value, "float32")))
-        os.replace(temporary, path)
+        with replace_file(path) as file:
+            file.write(content.getbuffer())
 
     def load_lora_weights(self, path):
         """Loads what `save_lora_weights` wrote; LoRA is enabled as in the file, if it is not on.

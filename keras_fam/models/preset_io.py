@@ -1,10 +1,11 @@
 """A model in a folder: settings in JSON, weights in HDF5, tokenizer as KerasHub saves it. Loads under any backend."""
 
 import json
-import os
 import pathlib
 
 import keras
+
+from keras_fam.utils.atomic import replace_file
 
 FORMAT = "keras_fam.preset/1"
 CONFIG, WEIGHTS, PREPROCESSOR = "keras_fam.json", "model.weights.h5", "preprocessor.json"
@@ -46,9 +47,8 @@ def save_to_preset(model, folder):
         "keras": keras.__version__,
     }
     record["backbone"].pop("build_config", None)
-    part = folder / (CONFIG + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(part, folder / CONFIG)
+    with replace_file(folder / CONFIG) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def load_backbone(folder, backbone_class, load_weights=True, **changes):

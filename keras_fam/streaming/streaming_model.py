@@ -17,6 +17,7 @@ from keras_fam.ops.programs import programs_of
 from keras_fam.ops.token_ids import check_ids_of
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
 from keras_fam.streaming import session
+from keras_fam.streaming.copies import StreamCopies
 from keras_fam.streaming.generation import StreamGeneration
 from keras_fam.training.batches import predict_chunks
 from keras_fam.training.checked_inputs import CheckedTraining
@@ -56,7 +57,7 @@ def _step(model, aligned):
     return step
 
 
-class StreamingModel(StreamGeneration, CheckedTraining, StreamTraining):
+class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTraining):
     """Streams through a TransformerFAM model, at constant memory.
 
     ```python

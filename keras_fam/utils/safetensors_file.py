@@ -1,14 +1,14 @@
 """The file of a session: safetensors with a digest over every byte, replaced in one step. Knows arrays, no models."""
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import stat
-import threading
 
 import numpy as np
+
+from keras_fam.utils.atomic import replace_file
 
 FORMAT = "keras_fam.session"
 FORMAT_VERSION = 1
@@ -32,7 +32,7 @@ def write(path, arrays, fields):
         fields: dict of str to str, kept in the header beside format, versions and digest.
 
     Raises:
-        OSError: if it cannot be written; what was at `path` is then whole.
+        OSError: if it cannot be written; an existing file is left unchanged.
         ImportError: without the safetensors package.
     """
     own = {
@@ -45,7 +45,9 @@ def write(path, arrays, fields):
     data = _safetensors().numpy.save(arrays, {**fields, **own})
     place = _digest_place(data, path)
     view = memoryview(data)
-    _replace(path, [view[: place.start(1)], _digest(data, place), view[place.end(1) :]])
+    with replace_file(path) as file:
+        for piece in (view[: place.start(1)], _digest(data, place), view[place.end(1) :]):
+            file.write(piece)
 
 
 def read(path):
@@ -66,7 +68,7 @@ def read(path):
     if _digest(data, place) != place.group(1):
         raise ValueError(
             f"A session file is as it was written; the bytes of {path} do not give its digest, so it was damaged or "
-            "changed. Restore a copy, or start the streams anew."
+            "changed. Restore a copy, or reset the streams."
         )
     fields, _ = _parse(data[8 : 8 + _header_size(data, len(data), path)], path)
     try:
@@ -180,68 +182,3 @@ def _array(tensor, name, path):
     if dtype == "bool":
         return (np.frombuffer(tensor["data"], "uint8") != 0).reshape(tensor["shape"])
     return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-
-
-# Replacement ----------------------------------------------------------------------------------------------------
-
-
-def _replace(path, pieces):
-    """Puts a file of the given bytes in the place of `path`, in one step.
-
-    The bytes go to `.NAME.partial` in the same folder first. Writers of one file take turns there, so killed processes
-    leave one such file at most, and the next writer takes it over.
-    """
-    path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    partial, handle, alone = _open_partial(folder, name)
-    try:
-        os.ftruncate(handle, 0)
-        for piece in pieces:
-            while len(piece):
-                piece = piece[os.write(handle, piece) :]
-        os.fsync(handle)
-        if alone:  # Windows renames closed files only
-            handle = os.close(handle)
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if alone or _is_at(handle, partial):
-                os.unlink(partial)
-        raise
-    finally:
-        if handle is not None:
-            os.close(handle)
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _open_partial(folder, name):
-    """`(path, handle, alone)`: a file held under a lock or, where there are no locks, one of this thread alone."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        import fcntl
-    except ImportError:
-        partial = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}.partial")
-        return partial, os.open(partial, flags, 0o666), True
-    partial = os.path.join(folder, f".{name}.partial")
-    while True:
-        handle = os.open(partial, flags, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(handle, partial):  # else the writer before us has put it in place
-                return partial, handle, False
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _is_at(handle, path):
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False

@@ -10,13 +10,14 @@ import tempfile
 
 import keras
 
-from keras_fam.export.saved_model.folder import check_version, written_whole
+from keras_fam.export.saved_model.folder import check_version
 from keras_fam.export.saved_model.serving_functions import Reader, tensorflow
 from keras_fam.export.saved_model.session_table import SessionTable
 from keras_fam.export.saved_model.signatures import stateless_signatures
 from keras_fam.export.saved_model.warmup import write_warmup
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.models.transformer_fam_causal_lm import TransformerFAMCausalLM
+from keras_fam.utils.atomic import replace_folder
 
 
 def export_serving(
@@ -99,7 +100,7 @@ def export_serving(
         table = SessionTable(reader, sessions)
         module.sessions = [table.numbers, table.rows]
         signatures |= table.signatures()
-    with written_whole(folder) as new:
+    with replace_folder(folder) as new:  # a server takes folders with numbers for names alone, so not this one
         tf.saved_model.save(module, str(new), signatures=signatures)
         write_warmup(new, reader, pathlib.Path(path).name, sessions)
     return folder

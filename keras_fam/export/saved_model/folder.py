@@ -1,9 +1,6 @@
 """Version folders as TF Serving polls them: a number appears whole or not at all."""
 
-import contextlib
 import pathlib
-import shutil
-import tempfile
 
 
 def check_version(path, version, overwrite):
@@ -17,25 +14,3 @@ def check_version(path, version, overwrite):
             "replace it (a running server keeps what it has loaded)."
         )
     return folder
-
-
-@contextlib.contextmanager
-def written_whole(folder: pathlib.Path):
-    """A temporary folder beside `folder`, which takes its place if the block ends well and vanishes if not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A server takes folders with numbers for names alone, so it does not see this one.
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -5,8 +5,6 @@ State that lives in variables is never written: such files load, run, and do not
 
 import json
 import pathlib
-import shutil
-import tempfile
 
 import keras
 import numpy as np
@@ -18,6 +16,7 @@ from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.models.transformer_fam_causal_lm import TransformerFAMCausalLM
 from keras_fam.ops.backend import compiled
 from keras_fam.state import map_specs
+from keras_fam.utils.atomic import add_files
 
 # Format to suffix and the backends that write it.
 FORMATS = {"onnx": (".onnx", ("jax", "torch")), "litert": (".tflite", ("tensorflow",)), "torch": (".pt2", ("torch",))}
@@ -83,16 +82,14 @@ def export_step(model, path, format: str, *, tokens: int = 1, batch_size: int | 
         model.build()
     step_files.require(format)
     step = Step(model, tokens, batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as temporary:
-        new = pathlib.Path(temporary) / path.name
+    with add_files(
+        path.parent, last=path.name
+    ) as temporary:  # beside the step, there may be the weights of a large one
+        new = temporary / path.name
         step_files.write(format, step, new)
         _compare(step, step_files.load(format, new))
         np.savez(new.with_suffix(".state.npz"), **step.numpy(model.get_initial_state(1)))
         new.with_suffix(".json").write_text(json.dumps(step.description(format), indent=1) + "\n")
-        # The step itself comes last; what lies beside it may be the weights of a large one.
-        for file in sorted(new.parent.iterdir(), key=lambda file: file == new):
-            shutil.move(file, path.parent / file.name)
     return path
 
 
