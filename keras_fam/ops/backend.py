@@ -25,7 +25,7 @@ def is_eager(x):
 
 
 def runs_eagerly():
-    """Whether programs run operation by operation: a loop in one of them is no faster than a loop around it."""
+    """Whether programs run eagerly: a loop in one of them is no faster than a loop around it."""
     return keras.backend.backend() == "torch"
 
 

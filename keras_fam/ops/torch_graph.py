@@ -6,7 +6,7 @@ what the operation itself does. JAX and TensorFlow compile that away. Here, a st
 is called as it is: the same operations on the same numbers.
 
 A branch on values can't be recorded. `branch` (in `scan.py`) then takes its false side and hands in the predicate; a
-call for which one of them holds is computed anew, operation by operation. In decoding that is one call per block.
+call for which one of them holds is computed eagerly. In decoding that is one call per block.
 """
 
 import collections

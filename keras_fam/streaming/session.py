@@ -32,14 +32,14 @@ def save(path, model, state, extras=None):
     """Writes streams to one file, in the place of what is there.
 
     Args:
-        path: the file, `*.safetensors` by custom; its folder exists.
+        path: the file, `*.safetensors` by convention; its folder exists.
         model: the built model that the state belongs to.
         state: `StreamState` of R ≥ 1 rows.
         extras: None, or a dict of NumPy arrays to keep beside the streams, such as `next_logits` float32 `[R, V]`.
 
     Raises:
         ValueError: if the state does not fit the model or holds NaN, or an extra cannot be stored.
-        OSError: if the file cannot be written; what was there is then whole.
+        OSError: if the file cannot be written; an existing file is left unchanged.
         ImportError: without the safetensors package.
     """
     _check_built(model)

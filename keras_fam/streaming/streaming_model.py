@@ -60,13 +60,39 @@ def _step(model, aligned):
 class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTraining):
     """Streams through a TransformerFAM model, at constant memory.
 
+    Reading and generating, call after call:
+
     ```python
-    stream = keras_fam.StreamingModel(lm, batch_size=4)
-    logits = stream.predict(chunk)     # [4, T, V] for any T; the next call goes on where this one stopped
-    tokens = stream.generate(max_new_tokens=20)
-    stream.reset_state(rows=[2])
-    stream.save_state("session.safetensors")
+    backbone = keras_fam.TransformerFAMBackbone(100, 2, 32, 4, 64, block_size=8, fam_length=4)
+    lm = keras_fam.TransformerFAMCausalLM(backbone)
+    stream = keras_fam.StreamingModel(lm, batch_size=2)
+    logits = stream.predict(np.ones((2, 50), "int32"))     # [2, 50, 100]; the next call goes on from there
+    tokens = stream.generate(max_new_tokens=20)             # two lists of 20 ids
+    stream.position                                         # [70, 70]
     ```
+
+    Rows are independent. They are reset, copied, and saved, each by its number:
+
+    ```python
+    stream.reset_state(rows=[1])
+    stream.predict([[5, 3, 8], [2, 0, 0]], lengths=[3, 1])    # row 1 reads one token; the rest is padding
+    stream.fork(0, to=[1])
+    stream.save_state("session.safetensors", rows=[0])        # loads under any backend
+    ```
+
+    Training on documents longer than memory: every batch continues the one before.
+
+    ```python
+    stream.compile("adam")
+    stream.fit(((x, np.roll(x, -1, 1)) for x in np.ones((5, 2, 16), "int32")), verbose=0)
+    ```
+
+    Threads: a stream has a lock, so threads that share it take turns, call by call (`generate_stream`: token by token).
+    Streams of different threads over one model run at the same time and give the answers given alone. The model's
+    weights must not change meanwhile: train in one thread.
+
+    Copies: `copy.copy(stream)` makes streams of their own over the same model, `copy.deepcopy` and `pickle` over a copy
+    of the model; all go on from where the streams stand. A stream that is compiled for training is refused.
 
     Args:
         model: a `TransformerFAMCausalLM`, a `TransformerFAMBackbone`, or any layer with their interface.
@@ -74,16 +100,18 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
         blocks_per_step: how many blocks are advanced at once where a chunk is long; no result changes.
 
     Attributes:
-        position: int64 NumPy `[B]`, tokens read by each row since its start.
+        position: int64 NumPy `[B]`, tokens read by each row since its last reset.
         next_logits: float32 tensor `[B, V]`, a language model's logits after the last token of each row; NaN in rows
             where nothing was read since a reset or `set_state`; `()` for models without logits.
     """
 
     def __init__(self, model, batch_size: int, *, blocks_per_step: int = 4):
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` is the number of streams, at least 1; received {batch_size!r}.")
+            raise ValueError(
+                f"`batch_size` must be a positive integer, the number of streams; received {batch_size!r}."
+            )
         if not isinstance(blocks_per_step, int) or blocks_per_step < 1:
-            raise ValueError(f"`blocks_per_step` is a whole number of at least 1; received {blocks_per_step!r}.")
+            raise ValueError(f"`blocks_per_step` must be a positive integer; received {blocks_per_step!r}.")
         if not model.built:
             model.build()
         self.model, self.batch_size = model, batch_size
@@ -100,7 +128,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
         Args:
             chunk: int `[B, T]` token ids (or `[B, T, D]` for a layer), T ≥ 1; or a `PyDataset`, `tf.data.Dataset` or
                 iterator of successive chunks: arrays, or dicts of `"token_ids"` and perhaps `"lengths"` and `"reset"`
-                (bool `[B]`: rows that start anew before the chunk). Targets beside them are left out.
+                (bool `[B]`: rows that are reset before the chunk). Targets beside them are left out.
             lengths: None, or int `[B]`: how many of the T tokens exist in each row; the rest is padding and its
                 outputs are 0.
             steps: None, or how many chunks of a dataset are read.
@@ -126,7 +154,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
         chunk = np.asarray(chunk)
         if chunk.ndim < 2 or chunk.shape[0] != self.batch_size or chunk.shape[1] == 0:
             raise ValueError(
-                f"A chunk is [batch_size, T, …] with {self.batch_size} rows and T ≥ 1; received shape {chunk.shape}. "
+                f"A chunk must be [batch_size, T, …] with {self.batch_size} rows and T ≥ 1; received shape {chunk.shape}. "
                 "Rows without new tokens take part with lengths=0."
             )
         total = chunk.shape[1]
@@ -135,7 +163,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
             fits = lengths.shape == (self.batch_size,) and lengths.dtype.kind in "iu"
             if not fits or lengths.min() < 0 or lengths.max() > total:
                 raise ValueError(
-                    f"`lengths` are {self.batch_size} whole numbers from 0 to T = {total}; received {lengths!r}."
+                    f"`lengths` must be {self.batch_size} integers from 0 to T = {total}; received {lengths!r}."
                 )
             if (lengths == total).all():
                 lengths = None
@@ -197,7 +225,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
 
     @_exclusive
     def reset_state(self, rows=None):
-        """Lets rows start anew.
+        """Resets rows to the state of streams that have read nothing.
 
         Args:
             rows: None (all) or a sequence of row numbers.
@@ -244,15 +272,15 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
 
     @_exclusive
     def save_state(self, path, rows=None):
-        """Saves streams to one safetensors file, atomically, in the place of what is there; see `keras_fam.sessions`.
+        """Saves streams to one safetensors file, atomically, in the place of what is there.
 
         Args:
-            path: the file, `*.safetensors` by custom.
+            path: the file, `*.safetensors` by convention.
             rows: None (all) or a sequence of row numbers.
 
         Raises:
             ValueError: for rows that do not exist, or a state that holds NaN.
-            OSError: if the file cannot be written; what was there is then whole.
+            OSError: if the file cannot be written; an existing file is left unchanged.
         """
         rows = np.arange(self.batch_size) if rows is None else self._check_rows(rows)
         extras = {"position": self.position[rows]}
@@ -327,7 +355,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
     def _check_rows(self, rows):
         array = np.asarray(rows).reshape(-1)
         if not array.size or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.batch_size:
-            raise ValueError(f"Rows are numbers from 0 to {self.batch_size - 1}, at least one; received {rows!r}.")
+            raise ValueError(f"Rows must be numbers from 0 to {self.batch_size - 1}, at least one; received {rows!r}.")
         if len(set(array.tolist())) != len(array):
             raise ValueError(f"Each row is named once; received {rows!r}.")
         return array

@@ -10,11 +10,12 @@ from keras_fam.ops.token_ids import check_ids_of
 class CheckedTraining:
     """Training and evaluation of what reads token ids: arrays of ids are checked against the vocabulary first."""
 
-    def fit(self, x=None, *args, validation_data=None, **kwargs):
+    def fit(self, x=None, *args, **kwargs):
         self._check_ids(x)
+        validation_data = kwargs.get("validation_data")
         if isinstance(validation_data, list | tuple) and validation_data:
             self._check_ids(validation_data[0])
-        return super().fit(x, *args, validation_data=validation_data, **kwargs)
+        return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x=None, *args, **kwargs):
         self._check_ids(x)
