@@ -154,7 +154,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
         chunk = np.asarray(chunk)
         if chunk.ndim < 2 or chunk.shape[0] != self.batch_size or chunk.shape[1] == 0:
             raise ValueError(
-                f"A chunk must be [batch_size, T, …] with {self.batch_size} rows and T ≥ 1; received shape {chunk.shape}. "
+                f"A chunk must be [batch_size, T, …] with {self.batch_size} rows, T ≥ 1; received shape {chunk.shape}. "
                 "Rows without new tokens take part with lengths=0."
             )
         total = chunk.shape[1]
