@@ -111,3 +111,33 @@ def test_two_threads_take_turns_with_one_stream():
     parts = alone.generate(max_new_tokens=18)[0]
     parts = [tuple(parts[i : i + 3]) for i in range(0, 18, 3)]
     assert sorted(map(tuple, first + second)) == sorted(parts), BACKEND
+
+
+def test_a_stream_is_not_read_within_its_own_training():
+    """The training holds its state until it ends; another stream goes on from there."""
+    lm = lively()
+    stream, seen = keras_fam.StreamingModel(lm, 1), []
+    x = np.array([[1, 2, 3, 4, 5, 6]])
+
+    class Reader(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            for use in (
+                lambda: stream.predict(x),
+                lambda: stream.generate(max_new_tokens=1),
+                lambda: stream.generate_stream(max_new_tokens=1),
+                stream.reset_state,
+                lambda: stream.save_state("unused"),
+                lambda: stream.set_state(stream.state),
+            ):
+                try:
+                    use()
+                except RuntimeError as error:
+                    seen.append("set_state(stream.state)" in str(error))
+            other = keras_fam.StreamingModel(lm, 1)
+            other.set_state(stream.state)
+            seen.append(other.position.tolist() == [6])
+
+    stream.compile("sgd", jit_compile=False)
+    stream.fit(x, x, callbacks=[Reader()], verbose=0)
+    assert seen == [True] * 7, BACKEND
+    assert stream.position.tolist() == [6]

@@ -49,7 +49,7 @@ class StreamCopies:
             return new
 
     def _refuse_compiled(self, what):
-        if self._carried is not None:
+        if self._trainer is not None:
             raise TypeError(
                 f"A stream that trains cannot be {what}: its optimizer's state would be lost. Copy or save the model, "
                 "make a StreamingModel of it, and hand over `get_state()` and `next_logits` with `set_state`."

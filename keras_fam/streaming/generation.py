@@ -62,6 +62,7 @@ class StreamGeneration:
         stops = find_stop_tokens(self.model, stop_token_ids)
         found = find_sampler(sampler)
         with self._lock, _all_or_nothing(self):
+            self._refuse_while_training()
             call = start_call(found, seed, max_new_tokens)
             with _undone_on_failure(call):
                 text = read_prompt(self, prompt, lengths)
@@ -108,6 +109,7 @@ class StreamGeneration:
         stops = find_stop_tokens(self.model, stop_token_ids)
         found = find_sampler(sampler)
         with self._lock, _all_or_nothing(self):
+            self._refuse_while_training()
             call = start_call(found, seed, max_new_tokens)
             with _undone_on_failure(call):
                 if not call.stepwise:
@@ -154,6 +156,7 @@ def _steps(stream, count, call, stops):
     alive = np.ones(stream.batch_size, "int32")
     for _ in range(count):
         with stream._lock:
+            stream._refuse_while_training()
             run = programs_of(model).get("step", *call.key, make=make)
             token, seeds, state, logits = run(
                 call.seeds, stream.state, stream.next_logits, ops.convert_to_tensor(alive)

@@ -27,11 +27,12 @@ COMPILE_RESET_AFTER = 4  # so many initial states are made eagerly before the pr
 
 
 def _exclusive(method):
-    """A method that holds the stream's lock: threads take turns."""
+    """A method that holds the stream's lock: threads take turns. Within `fit`, the state belongs to the training."""
 
     @functools.wraps(method)
     def locked(self, *args, **kwargs):
         with self._lock:
+            self._refuse_while_training()
             return method(self, *args, **kwargs)
 
     return locked
@@ -211,6 +212,15 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
         given = () if lengths is None else (ops.convert_to_tensor(lengths),)
         return run(ops.convert_to_tensor(piece), state, *given)
 
+    def _refuse_while_training(self):
+        """RuntimeError in a callback of `fit` or `evaluate`, which hold the state until they end."""
+        if self._trains:
+            raise RuntimeError(
+                "A stream is not read, moved or saved within its own `fit` or `evaluate`. In a callback, take another "
+                "stream: `other = StreamingModel(model, batch_size)`, and `other.set_state(stream.state)` to start "
+                "from where the training stands."
+            )
+
     @contextlib.contextmanager
     def _borrow_state(self):
         with self._lock, super()._borrow_state() as trainer:
@@ -238,10 +248,9 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
         self.position = self.position.copy()
         self.position[rows] = 0
 
-    @_exclusive
     def get_state(self, rows=None):
         """A `StreamState` of some rows (all if None), to be kept or handed to `set_state`."""
-        return self._state if rows is None else select_rows(self._state, self._check_rows(rows))
+        return self.state if rows is None else select_rows(self.state, self._check_rows(rows))
 
     @_exclusive
     def set_state(self, state, rows=None, next_logits=None):
