@@ -33,8 +33,8 @@ def test_same_numbers_as_one_device():
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "the same to 5 decimals" in done.stdout
     if backend == "jax":  # the state lies along both axes of the mesh
-        assert "ModelParallel: keys of a stream lie as ('batch', None, 'model'" in done.stdout
-        assert "DataParallel: keys of a stream lie as ('batch'" in done.stdout
+        assert "ModelParallel: keys of a stream are sharded as ('batch', None, 'model'" in done.stdout
+        assert "DataParallel: keys of a stream are sharded as ('batch'" in done.stdout
 
 
 def test_layout_map_covers_the_large_weights():

@@ -36,7 +36,7 @@ def test_verses():
         "Ge": "In the beginning\nAnd the earth\n\nThus\n",
         "1Sm": "Now there was\n",
     }
-    with pytest.raises(ValueError, match="A line is a verse"):
+    with pytest.raises(ValueError, match="A line must be a verse"):
         king_james.read_verses(["In the beginning"])
 
 

@@ -4,12 +4,12 @@
         --fam-length 64 --tokens 32768 --layers 4 --remat --out out/bswa.json
     python -m examples.benchmarks.against_attention --systems fam,full --tokens 16384 --layers 2 --out out/full.json
 
-Width, layers, heads and feed-forward are the same. In one process per backend, the systems are timed in turns and
-medians are compared: prefill is a whole sequence from a fresh start, with the state that decoding would go on from
-(full attention: outputs alone); a train step is `train_on_batch` with Adam. Peak memory is the largest resident memory
-of a process of its own for each system, backend and kind of run. Operations are counted from the sizes: products
-alone, the window of a token as it is computed, full attention once as the whole square and once without the hidden
-half. `--compiled` asks JAX's compiler instead, and runs nothing: the temporary memory of each compiled program.
+Width, layers, heads and feed-forward are the same. In one process per backend, the systems are timed alternately and
+medians are compared: prefill is a whole sequence from the initial state, with the state for decoding (full attention:
+outputs alone); a train step is `train_on_batch` with Adam. Peak memory is the largest resident memory of a separate
+process for each system, backend and kind of run. Operations are computed from the sizes: matrix products alone, for
+the window of a token, and for full attention once for the whole square and once without the masked half.
+`--compiled` reports the temporary memory of each compiled JAX program instead, and runs nothing.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SYSTEMS = ("fam", "bswa", "full")
 
 
 def build(system, args):
-    """A built model from token ids `[1, T]` to hidden states, its prefill function, and itself as trainable model."""
+    """A built model from token ids `[1, T]` to hidden states; the model to prefill with, and options of that call."""
     import keras
 
     sizes = {"layers": args.layers, "width": args.width, "heads": args.heads, "intermediate": args.intermediate}
@@ -58,7 +58,7 @@ def build(system, args):
 
 
 def prefill(system, args, ids):
-    """A function of no arguments that reads the tokens, compiled as the backend does it, and waits."""
+    """A function without arguments that reads the tokens, compiled by the backend, and waits."""
     import keras
 
     from keras_fam.ops.backend import compiled
@@ -76,7 +76,7 @@ def prefill(system, args, ids):
 
 
 def train(system, args, ids):
-    """A function of no arguments that makes one train step and returns the loss."""
+    """A function without arguments that runs one train step and returns the loss."""
     import keras
 
     model, _, _ = build(system, args)
@@ -90,7 +90,7 @@ KINDS = {"prefill": prefill, "train": train}
 
 
 def temporary_mib(system, kind, args):
-    """Temporary memory of a JAX program by the compiler's own account (`memory_analysis`)."""
+    """Temporary memory of a JAX program as reported by the compiler (`memory_analysis`)."""
     import jax
     import keras
 
@@ -118,7 +118,7 @@ def temporary_mib(system, kind, args):
 
 
 def operations(args):
-    """Operations of a forward pass per token and layer, from the sizes: products alone."""
+    """Operations of the matrix products of a forward pass, per token and layer."""
     D, S, m, T = args.width, args.block_size, args.memory_segments, args.tokens
     weights = 4 * D * D + 3 * D * args.intermediate
 
@@ -130,7 +130,7 @@ def operations(args):
         "fam": layer(F / S, F + (m + 1) * S) + 4 * D * (F + S) * F / S,
         "bswa": layer(0, (m + 1) * S),
         "full, whole square": layer(0, T),
-        "full, hidden half skipped": layer(0, T / 2),
+        "full, masked half skipped": layer(0, T / 2),
     }
     return {name: {"per token and layer": n, "over fam": n / found["fam"]} for name, n in found.items()}
 
@@ -177,10 +177,10 @@ def main(argv=None):
     parser.add_argument("--blocks-per-step", type=int)
     parser.add_argument("--remat", nargs="?", const=True, default=False, help="or `layers`")
     parser.add_argument("--scan-layers", action="store_true")
-    parser.add_argument("--compiled", action="store_true", help="JAX: temporary memory of compiled programs alone")
+    parser.add_argument("--compiled", action="store_true", help="JAX: only the temporary memory of compiled programs")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-memory", action="store_true", help="times alone")
-    parser.add_argument("--no-times", action="store_true", help="peak memory alone")
+    parser.add_argument("--no-memory", action="store_true", help="only times")
+    parser.add_argument("--no-times", action="store_true", help="only peak memory")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", help="where to write a JSON file")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -1,14 +1,14 @@
-"""Full back-propagation through many blocks: peak memory, time and gradients, plain and replayed.
+"""Full back-propagation through many blocks: peak memory, time and gradients, with and without rematerialization.
 
     python -m examples.benchmarks.backpropagation --blocks 64 --backends jax,torch,tensorflow --out out/memory.json
 
-One fresh process per backend and way; each takes a few train steps (SGD) on one sequence. The ways: "plain"; "layer",
-where each layer is computed again as a whole (`keras.remat` around the layer, what most projects call gradient
+One fresh process per backend and method; each runs a few train steps (SGD) on one sequence. The methods: "plain";
+"layer", where each layer is rematerialized as a whole (`keras.remat` around the layer, the usual gradient
 checkpointing); "block" (`remat=True, blocks_per_step=1`) and "steps of n" (`remat=True, blocks_per_step=n`), which keep
-the states at the boundaries of steps alone; "layers in steps of n" (`remat="layers"`), where each layer of a step is
-computed once more. Peak memory is that of the whole process, and what the train steps add to it; on JAX also the
-compiler's own figure for temporary memory (`memory_analysis`). Gradients are compared with the plain ones: the rate of
-SGD is so large that what a step adds to the weights is the gradient.
+only the states at the boundaries of steps; "layers in steps of n" (`remat="layers"`), which also rematerializes each
+layer of a step. Peak memory is that of the whole process, and what the train steps add to it; on JAX also the temporary
+memory reported by the compiler (`memory_analysis`). Gradients are compared with the plain ones: with the large learning
+rate of SGD, the change of the weights is the gradient.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def arguments(argv):
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--worker", default=None, help="used by the script itself: one way in this process")
+    parser.add_argument("--worker", default=None, help="internal: one method in this process")
     return parser.parse_args(argv)
 
 
@@ -52,7 +52,9 @@ def options(way, blocks):
     if way == "layer":  # one step over all blocks
         return {"remat": "layers", "blocks_per_step": blocks}
     steps = {"remat": True, "blocks_per_step": 1 if way == "block" else int(way.split()[-1])}
-    if way.startswith("layers"):  # without a loop over layers, XLA on a CPU merges what is computed again with the rest
+    if way.startswith(
+        "layers"
+    ):  # without a loop over layers, XLA on a CPU merges the recomputation with the forward pass
         steps |= {"remat": "layers", "scan_layers": os.environ.get("KERAS_BACKEND") == "jax"}
     return steps
 
@@ -62,7 +64,7 @@ def peak_mib():
 
 
 def worker(args):
-    """One way in this process: prints a line of JSON, and writes the gradients beside it."""
+    """Measures one method in this process: prints a line of JSON and saves the gradients."""
     import keras
 
     import keras_fam
@@ -105,7 +107,7 @@ def worker(args):
 
 
 def compiled_temp_mib(lm, x, y):
-    """Temporary memory of loss and gradients, by XLA's own account."""
+    """Temporary memory of loss and gradients as reported by XLA."""
     import jax
 
     def loss(trainable, rest, x, y):

@@ -1,9 +1,9 @@
-"""How long does a train step compile on JAX, by number of blocks and of layers?
+"""Compile time of a train step on JAX, by number of blocks and of layers.
 
     python -m examples.benchmarks.compile_time --layers 12 --blocks 4,16,64 --out out/compile_time.json
 
-One process per number of blocks, in the order given. Compiling is what the first `train_on_batch` takes longer than
-the second; of it, JAX reports tracing, lowering and XLA's compilation.
+One process per number of blocks, in the order given. Compile time is the time of the first
+`train_on_batch` minus that of the second; JAX reports its parts: tracing, lowering and XLA's compilation.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Throughput of the data pipelines against the train step: how much of a step's time its data take.
+"""Time of the data pipelines against that of a train step.
 
     KERAS_BACKEND=jax python -m examples.benchmarks.data
 
-The model is that of `make demo` (2 layers of width 64), so the step is as short as steps get. Data are made in the
-same thread as the step, one batch after the other: the time of both, and the ratio.
+The model is that of `make demo` (2 layers of width 64), so the step is short. Batches are generated one after the other
+in the thread of the step; the script prints both times and the ratio.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def arguments(argv):
 
 
 def pipelines(args):
-    """Name to dataset; all batches are `[B, blocks · S]` tokens."""
+    """Datasets by name; all batches have `[B, blocks · S]` tokens."""
     rng, size = np.random.default_rng(0), args.blocks * args.block_size
     texts = [rng.integers(1, 2000, n) for n in rng.integers(1_000, 100_000, 100)]
     short = [rng.integers(1, 2000, n) for n in rng.integers(20, 400, 20_000)]
@@ -56,7 +56,7 @@ def pipelines(args):
 
 
 def mapped(folder, args):
-    """Documents that lie on disk and are read as they are needed."""
+    """Memory-mapped documents on disk."""
     rng, texts = np.random.default_rng(0), []
     for i in range(20):
         np.save(Path(folder) / f"{i}.npy", rng.integers(1, 2000, 100_000).astype("int32"))

@@ -5,19 +5,19 @@
 
 The model has the shape of the paper's 1B (18 layers, width 1536, 12 heads, S 1024, m 3, F 64) and random weights, in
 bfloat16. Systems: `fam`; `bswa` (the same without memory); `full`, the same width and depth with full attention
-through the backend's fused kernel, up to `--longest-full` tokens. Each task of a system runs in a process of its own,
-shortest inputs first, so that the peak memory after an input is its own; one that runs out of memory is reported as
-such, and so is any other failure.
+through the backend's fused kernel, up to `--longest-full` tokens. Each task of a system runs in its own process,
+shortest inputs first, so that the peak memory after an input is that of the input. Running out of memory and other
+failures are reported.
 
-prefill: T tokens of one row, in bfloat16 weights; the last hidden state is fetched. FAM and BSWA read a chunk at a
-    time and keep nothing else, full attention reads all at once (its caches for T tokens are not even kept).
-train: one step with Adafactor (mixed bfloat16, remat; cross-entropy over the whole vocabulary a piece at a time).
+prefill: T tokens of one row, in bfloat16 weights; the last hidden state is fetched. FAM and BSWA read one
+    chunk at a time, full attention reads all tokens at once, without keeping caches.
+train: one step with Adafactor (mixed bfloat16, remat; cross-entropy over the whole vocabulary, in pieces).
 decode: one token after a context, `--rows` rows; full attention has a cache of that size.
 
-`share` is the work that the arithmetic of the model needs (matrix products forward; three times that for training,
-without what remat computes again) over the time it took, over the throughput of one large bfloat16 matrix product
-measured in the same process. Times are medians after a first call that compiles (decoding: after those that torch
-runs before it records a graph): of `--repeats` calls, or of as many as fit into `--seconds`.
+`share` is the throughput of the model's arithmetic (matrix products of the forward pass; three times that for training,
+without rematerialization) relative to that of one large bfloat16 matrix product in the same process. Times are medians
+of `--repeats` calls, or of as many as fit into `--seconds`, after a first call that compiles (decoding on torch: after
+the calls before a graph is traced).
 """
 
 import argparse
@@ -44,8 +44,8 @@ SMALL = {"prefill": [64, 256], "train": [64], "decode": [64]}
 SMALL_MODEL = {"vocabulary_size": 128, "num_layers": 1, "hidden_dim": 32, "num_query_heads": 2, "intermediate_dim": 64}
 SMALL_MODEL |= {"block_size": 16, "memory_segments": 1, "fam_length": 4}
 SYSTEMS = ("fam", "bswa", "full")
-RESULT = "result: "  # what the line of a measurement's process begins with
-LOSS_PIECE = 2048  # tokens whose logits exist at the same time in a train step
+RESULT = "result: "  # prefix of the output lines with results
+LOSS_PIECE = 2048  # tokens in a piece of the loss
 
 
 def settings_of(args):
@@ -57,7 +57,7 @@ def settings_of(args):
 
 
 def make_model(args, training):
-    """A backbone without values from training; a compiled `keras.Model` of mean losses if `training`."""
+    """An untrained backbone; if `training`, a compiled `keras.Model` that returns mean losses."""
     import keras
 
     keras.utils.set_random_seed(0)
@@ -80,7 +80,7 @@ def make_model(args, training):
 
 
 def work_per_token(args, length, decode=False):
-    """Multiply-adds times two, per token of a forward pass: products with weights and attention; no embedding."""
+    """Operations per token of a forward pass: products with weights and attention, without the embedding."""
     s = settings_of(args)
     D, L, M = s["hidden_dim"], s["num_layers"], s["intermediate_dim"]
     layer = 2 * (4 * D * D + 2 * D * M)
@@ -100,7 +100,7 @@ def seconds(function):
 
 
 def matrix_throughput(small):
-    """Operations a second of a bfloat16 matrix product of the size that the card likes."""
+    """Operations per second of a large bfloat16 matrix product."""
     import keras
     from keras import ops
 
@@ -121,7 +121,7 @@ def matrix_throughput(small):
 
 
 def prefill(args):
-    """For a length, a function that reads so many tokens and waits for the last hidden state."""
+    """A function of a length: a function that reads so many tokens and waits for the last hidden state."""
     from keras import ops
 
     from keras_fam.ops.backend import compiled
@@ -156,7 +156,7 @@ def prefill(args):
 
 
 def train(args):
-    """For a length, a function that takes one train step and waits for the loss."""
+    """A function of a length: a function that runs one train step and waits for the loss."""
     import keras
     from keras import ops
 
@@ -166,7 +166,7 @@ def train(args):
     model, vocabulary = make_model(args, training=True), settings_of(args)["vocabulary_size"]
 
     class WithLoss(keras.Model):
-        """`(ids, targets)` to the mean cross-entropy, whose logits exist for `LOSS_PIECE` tokens at a time."""
+        """`(ids, targets)` to the mean cross-entropy, with logits for `LOSS_PIECE` tokens at a time."""
 
         def __init__(self):
             super().__init__(dtype=model.dtype_policy)
@@ -204,7 +204,7 @@ def train(args):
 
 
 def step_program(step, variables):
-    """A compiled `step(ids, state)`; on JAX the new state takes the memory of the old one."""
+    """A compiled `step(ids, state)`; on JAX the new state reuses the buffers of the old one."""
     import keras
 
     from keras_fam.ops.backend import compiled
@@ -222,7 +222,7 @@ def step_program(step, variables):
 
 
 def decode(args):
-    """For a length of context, a function that reads one token for each row and waits for its logits."""
+    """A function of a context length: a function that reads one token per row and waits for its logits."""
     import keras
     from keras import ops
 
@@ -247,11 +247,11 @@ def decode(args):
     def at(length):
         if args.system == "full":
             held = (model.get_cache(rows, length + 64 * args.repeats), ops.convert_to_tensor(np.int32(length)))
-        else:  # what a stream holds has one size, so any context stands for all; this one has full segments
+        else:  # a state has constant size, so one context represents all; this one has full segments
             held = model.get_initial_state(rows)
             full = ops.full((rows,), model.block_settings["memory_segments"], "int32")
             held = held._replace(position=held.position._replace(block_index=full))
-        held = keras.tree.map_structure(ops.copy, held)  # no two of them share memory
+        held = keras.tree.map_structure(ops.copy, held)  # without shared buffers
 
         def read():
             nonlocal held
@@ -267,7 +267,7 @@ TASKS = {"prefill": prefill, "train": train, "decode": decode}
 
 
 def peak_bytes():
-    """Largest memory of the device so far; None where the backend does not tell (CPUs)."""
+    """Peak memory of the device; None if the backend does not report it (CPUs)."""
     if os.environ["KERAS_BACKEND"] == "torch":
         import torch
 
@@ -288,7 +288,7 @@ def device_name():
 
 
 def measure(args, lengths):
-    """One result after another, of one task of one system."""
+    """Yields the results of one task of one system."""
     from keras_fam.ops.torch_graph import WARMUP_CALLS
 
     throughput, backend = matrix_throughput(args.small), os.environ["KERAS_BACKEND"]
@@ -296,7 +296,7 @@ def measure(args, lengths):
     for length in lengths:
         run = at(length)
         compiling = seconds(run)
-        if args.task == "decode":  # torch records its graph after some calls
+        if args.task == "decode":  # torch traces its graph after some calls
             for _ in range(WARMUP_CALLS):
                 run()
         times, most = [], args.repeats * (16 if args.task == "decode" else 1)
@@ -320,7 +320,7 @@ def measure(args, lengths):
 
 
 def run_child(argv, backend, system, task, lengths):
-    """`measure` in a new process, a result at a time; one with `"error"` for the length at which it fails."""
+    """Yields the results of `measure` in a new process; a result with `"error"` for the length at which it fails."""
     env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "KERAS_BACKEND": backend, "PYTHONUNBUFFERED": "1"}
     command = [
         sys.executable,
@@ -361,18 +361,18 @@ def row(result):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", default="jax,torch", help="those that are installed are used")
+    parser.add_argument("--backends", default="jax,torch", help="of which those that are installed are used")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--tasks", default="prefill,train,decode")
     parser.add_argument("--small", action="store_true", help="small model and inputs, for a CPU")
-    parser.add_argument("--lengths", help="tokens, for all tasks, in place of the default ones")
+    parser.add_argument("--lengths", help="tokens for all tasks, instead of the defaults")
     parser.add_argument("--rows", type=int, default=1, help="rows that decode together")
     parser.add_argument("--blocks-per-step", type=int, default=8, help="blocks that a prefill reads at a time")
     parser.add_argument("--train-blocks", type=int, default=2, help="blocks between checkpoints of a train step")
     parser.add_argument("--fam-feedback", choices=("residual", "normalized"), default="residual")
-    parser.add_argument("--longest-full", type=int, default=256 * K, help="tokens that full attention reads at most")
+    parser.add_argument("--longest-full", type=int, default=256 * K, help="most tokens read with full attention")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls (of a token: 16 times as many)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="after so many no call is begun")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time after which no call is started")
     parser.add_argument("--out", type=Path, help="where to write a JSON file")
     for name in ("child", "system", "task"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)

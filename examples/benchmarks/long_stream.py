@@ -1,5 +1,5 @@
-"""Streams a million tokens and watches memory and speed: peak resident memory after the first `--early` tokens and at
-the end, the time of the first and the last chunks, and of the second half against the first (all after `--early`).
+"""Streams a million tokens: peak resident memory after the first `--early` tokens and at the end, time of the first and
+of the last chunks, and of the second half against the first (all after `--early`).
 
     KERAS_BACKEND=jax python -m examples.benchmarks.long_stream --tokens 1000000 --out out/long_stream.json
 """
@@ -30,7 +30,7 @@ def main(argv=None):
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--fam-length", type=int, default=16)
     parser.add_argument("--memory-segments", type=int, default=1)
-    parser.add_argument("--early", type=int, default=10_000, help="tokens after which memory and time are watched")
+    parser.add_argument("--early", type=int, default=10_000, help="tokens after which memory and time are recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, peak memory, child processes, the machine, JSON."""
+"""Shared by the benchmarks: alternating timing, peak memory, child processes, the machine, JSON."""
 
 import json
 import os
@@ -16,20 +16,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def seconds(function):
-    """Seconds that one call of a function of no arguments takes."""
+    """Seconds of one call of a function without arguments."""
     start = perf_counter()
     function()
     return perf_counter() - start
 
 
 def take_turns(functions, repeats, *, warm=True, timer=seconds):
-    """Times functions of no arguments in turns, so that a busy machine slows all of them.
+    """Times functions without arguments alternately, so that other load on the machine affects all of them.
 
     Args:
         functions: `{name: function}`.
-        repeats: rounds; every second round runs in the opposite order.
-        warm: whether each is called once before, unmeasured.
-        timer: what is recorded of a function; its seconds by default.
+        repeats: int, rounds; every second round runs in reverse order.
+        warm: bool, whether each is first called once without timing.
+        timer: function of a function that returns what is recorded; its seconds by default.
 
     Returns:
         `{name: {"median", "min", "all"}}`.
@@ -45,7 +45,7 @@ def take_turns(functions, repeats, *, warm=True, timer=seconds):
 
 
 def peak_mib():
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -57,7 +57,7 @@ def cpu_name():
 
 
 def machine(threads=None):
-    """What a figure has to stand beside: processor, cores, threads used, platform."""
+    """The machine of a measurement: processor, cores, threads used, platform."""
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "platform": platform.platform()}
 
 
@@ -66,7 +66,7 @@ def versions(*packages):
 
 
 def use_cores(threads):
-    """Pins this process to its first `threads` cores; before a backend is imported."""
+    """Pins this process to its first `threads` cores; call it before a backend is imported."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 

@@ -1,4 +1,4 @@
-"""Draws the results of `against_attention.py`, `peers.py` and `schedules.py` side by side.
+"""Draws the results of `against_attention`, `peers` and `schedules` side by side.
 
     python -m examples.benchmarks.plot --full full.json --bswa bswa.json --peers peers.json --schedules schedules.json \
         --out speed.png

@@ -1,12 +1,12 @@
-"""In which order should (layer, block) be computed? Three orders of one prefill on JAX, same weights, same numbers.
+"""Orders of computing (layer, block) in a prefill on JAX, with the same weights and outputs.
 
     python -m examples.benchmarks.schedules --layers 8 --block-size 128 --tokens 4096 --out out/schedules.json
 
 layers over k blocks: a layer reads k blocks at once, then the next layer (k is `blocks_per_step`; "all" is a layer
     over the whole sequence).
 diagonals: layer l reads block d - l at step d, all layers at once as one batched product with stacked weights (the
-    diagonal batching of arXiv 2506.05229). Layers of this prototype go through keras_fam's own `advance_layer` under
-    `jax.vmap`; at both ends of the sequence some layers have nothing to do and compute in vain.
+    diagonal batching of arXiv 2506.05229). Layers of this prototype are keras_fam's own, under `jax.vmap`; at both
+    ends of the sequence some layers compute results that are discarded.
 """
 
 import argparse

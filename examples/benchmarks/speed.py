@@ -3,11 +3,11 @@
     python -m examples.benchmarks.speed --width 256 --layers 4 --block-size 128 --fam-length 16 --memory-segments 1 \
         --tokens 4096 --batch 1 --backends jax,torch,tensorflow --repeats 7 --out speed.json
 
-One process per backend. In each, forward and train step (Adam, mean of squares) of both versions are timed in turns,
-so that a busy machine slows both; medians are compared. keras_fam is used as anyone would: a functional model, trained
-with `train_on_batch`, which is what `fit` compiles. There is no version by hand for TensorFlow: keras_fam on
-TensorFlow is compared with keras_fam on JAX. Where the train step is compiled, "compile train" is what the first step
-takes longer than the second, at T and at T/4 tokens: the number of blocks must not matter.
+One process per backend. In each, forward and train step (Adam, mean of squares) of both versions are timed
+alternately, so that other load affects both; medians are compared. keras_fam is used in the ordinary way: a functional
+model, trained with `train_on_batch`, which is what `fit` compiles. There is no handwritten version for TensorFlow:
+keras_fam on TensorFlow is compared with keras_fam on JAX. For compiled train steps, "compile train" is the time of the
+first step minus that of the second, at T and at T/4 tokens: the number of blocks must not matter.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def keras_model(args, params, count):
 
 
 def keras_forward(model, x):
-    """A function of no arguments that returns the outputs, compiled as the backend does it, and waits for them."""
+    """A function without arguments that returns the outputs, compiled by the backend, and waits for them."""
     import keras
 
     backend = keras.backend.backend()
@@ -120,7 +120,7 @@ def keras_forward(model, x):
 
 
 def keras_train(model, x):
-    """A function of no arguments that makes one train step and returns the loss."""
+    """A function without arguments that runs one train step and returns the loss."""
     import keras
 
     x, target = keras.ops.convert_to_tensor(x), keras.ops.zeros(x.shape)
@@ -131,7 +131,7 @@ def keras_train(model, x):
 
 
 def by_hand(backend, args, params, x):
-    """`(forward, train)`, functions of no arguments like those above; None if there is no version for the backend."""
+    """`(forward, train)`, functions without arguments like those above; None if there is no version for the backend."""
     if backend == "jax":
         import jax
 
@@ -172,7 +172,7 @@ def require_agreement(what, ours, expected):
 
 
 def measure(args):
-    """All measurements of one backend; runs in a process of its own."""
+    """All measurements of one backend; runs in its own process."""
     import keras
 
     backend = keras.backend.backend()

@@ -1,12 +1,11 @@
-"""How much of the machine's matrix products does prefill reach? Both measured in turns in one process.
+"""Throughput of prefill as a share of the machine's matrix products, timed alternately in one process.
 
-    python -m examples.benchmarks.throughput --backend jax --width 1024 --tokens 8192 --out out/throughput.json
+    KERAS_BACKEND=jax python -m examples.benchmarks.throughput --width 1024 --tokens 8192 --out out/throughput.json
 
-The machine's throughput is that of the best of three plain products of the same backend, dtype and threads: tokens by
-the widest kernel, a smaller share of the tokens by it, and a square. Of prefill, the operations are counted that the
-method needs: products with weights for tokens and for memory rows, and attention over the keys that may be seen. What
-is computed in vain (the hidden half of a token's own block), norms, softmax, rotations and the embedding count as time
-and not as work.
+The machine's throughput is the best of three plain products of the same backend, dtype and threads: tokens by the
+widest kernel, fewer tokens by the same kernel, and a square. The operations of prefill are those that the method
+requires: products with weights for tokens and memory rows, and attention over visible keys. The masked half of a
+token's own block, norms, softmax, rotations and the embedding count as time but not as operations.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def needed_operations(args):
 
 
 def product(shape):
-    """A function of no arguments that multiplies `[a, b]` by `[b, c]` and waits."""
+    """A function without arguments that multiplies `[a, b]` by `[b, c]` and waits."""
     import keras
     from keras import ops
 
@@ -70,7 +69,6 @@ def child(args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=["jax", "torch", "tensorflow"], default="jax")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, help="default: width / 64")
@@ -94,10 +92,11 @@ def main(argv=None):
         measuring.use_cores(args.threads)
         Path(args.child).write_text(json.dumps(child(args)))
         return
+    backend = os.environ["KERAS_BACKEND"]
     settings = {name: value for name, value in vars(args).items() if name not in ("child", "out", "remat")}
     result = {"settings": settings, "machine": measuring.machine(args.threads)}
-    result["versions"] = measuring.versions("keras", args.backend)
-    result |= measuring.run_child("examples.benchmarks.throughput", argv, args.backend, args.threads)
+    result["versions"] = measuring.versions("keras", backend)
+    result |= measuring.run_child("examples.benchmarks.throughput", argv, backend, args.threads)
     print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=1))
     measuring.write(result, args.out)
 

@@ -12,17 +12,17 @@ _VERSE = re.compile(r"^(\d?[A-Za-z]+)(\d+):(\d+) (.*)$")
 
 
 def king_james(folder="out/king_james") -> dict[str, str]:
-    """The books of the Bible, printed by the package's own program, fetched at the first call.
+    """The books of the Bible, printed by the package's own program, downloaded by the first call.
 
     Args:
-        folder: where the packages are unpacked, unless they are installed.
+        folder: path to unpack the packages into, unless they are installed.
 
     Returns:
-        The package's short name of a book (`"Ge"`, `"1Sm"`, `"Rev"`) to its text, in order: a line each verse, an
+        dict from the short name of each book (`"Ge"`, `"1Sm"`, `"Rev"`) to its text, in order: one line per verse, an
         empty line between chapters.
 
     Raises:
-        RuntimeError: where the packages cannot be fetched; the message says how to get them by hand.
+        RuntimeError: if the packages cannot be downloaded; the message says how to get them manually.
     """
     command, root = ["bible"], pathlib.Path(folder)
     if not shutil.which("bible"):
@@ -38,13 +38,13 @@ def read_verses(lines) -> dict[str, str]:
     """Books from lines such as `Ge1:1 In the beginning …`.
 
     Raises:
-        ValueError: for another line.
+        ValueError: for any other line.
     """
     books, before = {}, None  # before: book and chapter of the last verse
     for line in lines:
         verse = _VERSE.match(line)
         if verse is None:
-            raise ValueError(f"A line is a verse, as in 'Ge1:1 In the beginning'; received {line[:60]!r}.")
+            raise ValueError(f"A line must be a verse, as in 'Ge1:1 In the beginning'. Received: {line[:60]!r}")
         book, chapter, _, text = verse.groups()
         if book in books and before != (book, chapter):
             books[book].append("")

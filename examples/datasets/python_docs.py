@@ -17,7 +17,7 @@ _MARKS_OF_CODE = ("::=", ">>>", "+--", "---", "===", "...   ")
 def clean_paragraph(paragraph):
     """One line of plain prose from a paragraph in Sphinx's text format, or "" if it is code, grammar or a table.
 
-    Line breaks, bullets, footnote marks, emphasis and the double quotes around identifiers go away.
+    Line breaks, bullets, footnote marks, emphasis and the double quotes around identifiers are removed.
     """
     if any(mark in paragraph for mark in _MARKS_OF_CODE) or paragraph.lstrip().startswith("|"):
         return ""
@@ -39,10 +39,13 @@ def topics_text(topics=None):
     """The prose of `pydoc_data.topics`: a list of documents (str), paragraphs separated by a blank line.
 
     Topics quote each other at length (about a fifth of the text), so a paragraph is kept only in the longest topic
-    that has it: no paragraph occurs in two documents. The result does not depend on the order of the dictionary.
+    that contains it: no paragraph occurs in two documents. The result does not depend on the order of the dictionary.
 
     Args:
-        topics: dict of topic name to text; default `pydoc_data.topics.topics`.
+        topics: dict from topic names to texts; default `pydoc_data.topics.topics`.
+
+    Raises:
+        ImportError: if this Python was built without `pydoc_data`.
     """
     if topics is None:
         try:
@@ -50,7 +53,7 @@ def topics_text(topics=None):
         except ImportError as error:
             raise ImportError(
                 "This Python has no `pydoc_data.topics` (part of the standard library, left out of some slim builds). "
-                'Pass `documents=` of your own, or use filler="paper".'
+                "Use other documents, or the paper's sentences (`documents=None`)."
             ) from error
     seen = set()
     documents = {}

@@ -1,1 +1,1 @@
-"""Training and streaming over several devices."""
+"""Training and streaming over several devices, with the numbers of one device."""

@@ -1,4 +1,4 @@
-"""What the three examples share: a small language model, its data, and the table that compares the runs."""
+"""Shared by the three examples: a small language model, its data, and the table that compares the runs."""
 
 import sys
 
@@ -33,29 +33,29 @@ def make_lm(random_state_passing):
 
 
 def make_optimizer():
-    """Plain SGD. (Adam divides by the size of each gradient, and so blows up the rounding of those near zero.)"""
+    """Plain SGD: Adam divides by the size of each gradient, which amplifies rounding errors near zero."""
     import keras
 
     return keras.optimizers.SGD(0.5)
 
 
 def batches(steps):
-    """Token ids `[steps, ROWS, TOKENS + 1]`; each batch goes on where the rows of the one before end."""
+    """Token ids `[steps, ROWS, TOKENS + 1]`; each batch continues the rows of the one before."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, SETTINGS["vocabulary_size"], (ROWS, steps * TOKENS + 1))
-    text = np.cumsum(text % 5, axis=1) % SETTINGS["vocabulary_size"]  # something to be learned
+    text = np.cumsum(text % 5, axis=1) % SETTINGS["vocabulary_size"]  # learnable
     return np.stack([text[:, i * TOKENS : (i + 1) * TOKENS + 1] for i in range(steps)]).astype("int32")
 
 
 def report(runs):
     """Prints the losses of each run side by side and exits with 1 unless all agree with the first one's.
 
-    Losses and outputs have to agree to `DECIMALS` decimals. Weights and states after training differ by what rounding
-    has become on the way, and have to agree to `TRAINED`, relative to the largest of them.
+    Losses and outputs must agree to `DECIMALS` decimals. Weights and states after training accumulate rounding errors,
+    and must agree to `TRAINED`, relative to the largest of them.
 
     Args:
-        runs: dict from a run's name to a dict from what was measured to numbers; names that start with "training" are
-            losses, those that start with "after" are weights or states after training.
+        runs: dict from the name of each run to a dict from the name of each quantity to its values. Names that start
+            with "training" are losses, those that start with "after" weights or states after training.
     """
     (_, first), *others = runs.items()
     same = True

@@ -1,9 +1,9 @@
 """Training and streaming over many devices with `keras.distribution` on JAX: the same numbers as one device.
 
-    python -m examples.distributed.jax_distribution                # 8 simulated devices on a CPU
-    python -m examples.distributed.jax_distribution --simulate 0   # the accelerators that are there
+    python -m examples.distributed.jax_distribution                # 8 simulated CPU devices
+    python -m examples.distributed.jax_distribution --simulate 0   # this machine's accelerators
 
-Three runs: one device; `DataParallel` (rows over all devices); `ModelParallel` with `keras_fam.layout_map` (rows over
+Compares one device, `DataParallel` (rows over all devices) and `ModelParallel` with `keras_fam.layout_map` (rows over
 2, heads, feed-forward and vocabulary over the rest). Each trains with Random State Passing, trains on carried state,
 streams rows of different lengths, and predicts with a stateful layer.
 """
@@ -17,14 +17,14 @@ from examples.distributed.common import ROWS, SETTINGS, TOKENS, batches, make_lm
 
 
 def train(lm, steps):
-    """Losses of steps with Random State Passing, and the memory that is passed on."""
+    """Losses of steps with Random State Passing, and the passed memory."""
     lm.compile(make_optimizer())
     losses = [float(lm.train_on_batch(b[:, :-1], b[:, 1:], return_dict=True)["loss"]) for b in batches(steps)]
     return losses, np.asarray(lm.backbone.random_state_passing.memory)
 
 
 def train_on_carried_state(stream, steps):
-    """Losses of steps that each go on from the state of the one before, and the state at the end."""
+    """Losses of steps on carried state, and the final state."""
     import keras
 
     stream.compile(make_optimizer())
@@ -41,7 +41,7 @@ def predict_ragged(stream):
 
 
 def predict_stateful():
-    """Outputs of a stateful layer in a Keras model, chunk after chunk."""
+    """Outputs of a stateful layer in a Keras model for successive chunks."""
     import keras
 
     import keras_fam
@@ -55,7 +55,7 @@ def predict_stateful():
 
 
 def run(distribution, steps):
-    """Everything once under `distribution`, or on one device if it is None."""
+    """All results under `distribution`, or on one device if it is None."""
     import contextlib
 
     import keras_fam
@@ -68,7 +68,7 @@ def run(distribution, steps):
         if distribution is not None:
             sharding = stream.state.layers[0].key.sharding
             mesh, axes = dict(sharding.mesh.shape), tuple(sharding.spec)
-            print(f"{type(distribution).__name__}: keys of a stream lie as {axes} on {mesh}")
+            print(f"{type(distribution).__name__}: keys of a stream are sharded as {axes} on {mesh}")
         found = {"training, RSP 0.8": losses, "training, carried state": carried, "after: passed memory": memory}
         found |= {"after: carried state": state, "after: logits, ragged rows": predict_ragged(stream)}
         return found | {"outputs of a stateful layer": predict_stateful()}
@@ -76,7 +76,9 @@ def run(distribution, steps):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulate", type=int, default=8, help="how many CPU devices to simulate; 0 for none")
+    parser.add_argument(
+        "--simulate", type=int, default=8, help="CPU devices to simulate; 0 uses the accelerators of the machine"
+    )
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
     args = parser.parse_args(argv)

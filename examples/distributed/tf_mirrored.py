@@ -2,8 +2,8 @@
 
     python -m examples.distributed.tf_mirrored --devices 2     # logical devices of one CPU, or as many GPUs
 
-The model is made inside the strategy's scope and trained with `fit`. Random State Passing hands on the memory of the
-first replica (p is 1 here: which rows are chosen would depend on how rows are split).
+The model is made inside the strategy's scope and trained with `fit`. Random State Passing passes on the memory of
+the first replica (p is 1 here, since the choice of rows would depend on how rows are split).
 """
 
 import argparse
@@ -15,7 +15,7 @@ from examples.distributed.common import ROWS, SETTINGS, batches, make_lm, make_o
 
 
 def train(strategy, steps):
-    """The loss of every step, and the weights and the passed memory at the end."""
+    """Losses of all steps, final weights and passed memory."""
     import keras
     import tensorflow as tf
 

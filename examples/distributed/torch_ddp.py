@@ -2,9 +2,9 @@
 
     python -m examples.distributed.torch_ddp --processes 2     # gloo on a CPU; nccl where each process has its GPU
 
-A Keras model on torch is a `torch.nn.Module`, so DDP wraps it as it is. Every process has its own rows; a stream's
-state stays with its rows and never travels. What a process has to do by itself: Random State Passing hands on one
-process's memory, so that of rank 0 is sent to the others after each step.
+A Keras model on torch is a `torch.nn.Module`, so DDP wraps it directly. Every process has its own rows, and the state
+of a stream stays with its rows. Only the memory of Random State Passing must be synchronized: that of rank 0 is
+broadcast after each step.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def train(rank, processes, steps, carried):
     """Losses (means over all rows) of this process's part of the batches.
 
     Args:
-        carried: whether each step goes on from the state of the one before; else each starts anew, from the memory
-            that Random State Passing kept. (p is 1 here: which rows are chosen would depend on how rows are split.)
+        carried: bool, whether each step continues from the state of the one before; otherwise it starts from the memory
+            of Random State Passing (p is 1 here, since the choice of rows would depend on how rows are split).
     """
     import torch
     from torch import distributed
@@ -35,7 +35,7 @@ def train(rank, processes, steps, carried):
     lm = make_lm(random_state_passing=0.0 if carried else 1.0)
     model, passing = lm, lm.backbone.random_state_passing
     if processes > 1:
-        # Once rows go on from their own states, the memory prompt takes no part in a step.
+        # When rows continue from their own states, the memory prompt is not used in a step.
         model = torch.nn.parallel.DistributedDataParallel(lm, find_unused_parameters=carried)
     optimizer = torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], lr=0.5)
     rows = slice(rank * ROWS // processes, (rank + 1) * ROWS // processes)
@@ -69,7 +69,7 @@ def detached(state):
 
 
 def work(rank, processes, args, folder):
-    """One process: joins the others and trains twice; rank 0 writes what came out."""
+    """One process: joins the others and trains twice; rank 0 saves the results."""
     os.environ["KERAS_BACKEND"] = "torch"
     SETTINGS["num_layers"] = args.layers
     import torch
@@ -77,11 +77,11 @@ def work(rank, processes, args, folder):
 
     torch.set_num_threads(1)
     if processes > 1:
-        cards = torch.cuda.is_available() and torch.cuda.device_count() >= processes
-        if cards:
+        gpus = torch.cuda.is_available() and torch.cuda.device_count() >= processes
+        if gpus:
             torch.cuda.set_device(rank)
         distributed.init_process_group(
-            "nccl" if cards else "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes
+            "nccl" if gpus else "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes
         )
     found = {}
     for name, carried in (("training, RSP 1", False), ("training, carried state", True)):
@@ -99,7 +99,7 @@ def main(argv=None):
     parser.add_argument("--layers", type=int, default=SETTINGS["num_layers"])
     args = parser.parse_args(argv)
     if args.processes < 2 or ROWS % args.processes:
-        parser.error(f"--processes is a divisor of {ROWS} rows, at least 2")
+        parser.error(f"--processes must be at least 2 and divide {ROWS} rows")
     os.environ["KERAS_BACKEND"] = "torch"
     import torch
 

@@ -1,1 +1,1 @@
-"""Serving an export."""
+"""Serving exported models; see examples/guides/serving.md."""

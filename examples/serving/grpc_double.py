@@ -3,7 +3,7 @@
     python -m examples.serving.grpc_double [--clients 8]
 
 The server here is a TEST DOUBLE of TensorFlow Serving: it answers `Predict` with the messages of the package
-`tensorflow-serving-api` and runs the export in a TensorFlow session with the same warm-up, but it is some hundred lines
+`tensorflow-serving-api` and runs the export in a TensorFlow session with the same warm-up, in about a hundred lines
 of Python. Clients written for it talk to `tensorflow_model_server` unchanged.
 """
 
@@ -23,7 +23,7 @@ class TestDouble:
     """`PredictionService` over one loaded export.
 
     Args:
-        name: of the model.
+        name: str, name of the model.
         folder: `pathlib.Path` of the exported version.
     """
 
@@ -52,12 +52,12 @@ class TestDouble:
         key = request.model_spec.signature_name or "serving_default"
         if key not in self.signatures:
             raise tf.errors.InvalidArgumentError(
-                None, None, f"No signature {key!r}; there are {sorted(self.signatures)}."
+                None, None, f"Unknown signature {key!r}. Available: {sorted(self.signatures)}"
             )
         signature = self.signatures[key]
         if set(request.inputs) != set(signature.inputs):
             raise tf.errors.InvalidArgumentError(
-                None, None, f"{key!r} takes {sorted(signature.inputs)}; received {sorted(request.inputs)}."
+                None, None, f"{key!r} takes the inputs {sorted(signature.inputs)}. Received: {sorted(request.inputs)}"
             )
         feed = {signature.inputs[name].name: tf.make_ndarray(value) for name, value in request.inputs.items()}
         outputs = {name: info.name for name, info in signature.outputs.items()}
@@ -77,7 +77,7 @@ class TestDouble:
             context.abort(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: {request.model_spec.name}")
         try:
             return self._predict(request)
-        except tf.errors.OpError as error:  # both libraries number their codes alike
+        except tf.errors.OpError as error:  # both libraries use the same codes
             code = next(code for code in grpc.StatusCode if code.value[0] == error.error_code)
             context.abort(code, error.message)
         except (TypeError, ValueError) as error:
@@ -101,14 +101,14 @@ def start(double, workers):
 
 
 class Client:
-    """Calls signatures by name; the same for the server and its double.
+    """Calls signatures by name, of the server or of its double.
 
     Args:
         address: `host:port` of the server's gRPC service.
         model: name of the model.
     """
 
-    # Python numbers and lists become these; other names are int32.
+    # dtypes of inputs given as Python numbers and lists; int32 for others
     DTYPES = {"sessions": "int64", "temperature": "float32"}
 
     def __init__(self, address, model):
@@ -132,7 +132,7 @@ class Client:
 
 
 def converse(client, seed, vocabulary):
-    """One client: a session of its own, chunks of random lengths and generated tokens. What it read and was told."""
+    """One client with its own session: sends chunks of random lengths, generates; returns its tokens and logits."""
     rng = np.random.default_rng(seed)
     (session,) = client("open", count=1)["sessions"]
     read, told = [], []
@@ -189,7 +189,7 @@ def main(argv=None):
         client = Client(address, "fam")
         try:
             client("append", sessions=[0], token_ids=[[1]], lengths=[1])
-            raise SystemExit("A closed session took a call.")
+            raise SystemExit("A closed session accepted a call.")
         except grpc.RpcError as error:
             print(f"a closed session: {error.code().name}: {error.details().splitlines()[-2].strip()}")
         client.channel.close()

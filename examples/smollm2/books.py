@@ -1,4 +1,4 @@
-"""Austen's novels as token ids: four books to learn from, two that only the evaluation reads."""
+"""Austen's novels as token ids: four for training, two held out."""
 
 import pathlib
 
@@ -11,12 +11,12 @@ HELD_OUT = ("northanger abbey", "persuasion")
 
 
 def plain(text):
-    """Paragraphs with one line each: the lines of the edition are no part of the text."""
+    """One line per paragraph: the line breaks of the edition are not part of the text."""
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n") if part.strip())
 
 
 def book_ids(tokenizer, folder):
-    """Title to int32 token ids, kept in `folder/austen_ids.npz` after the first call."""
+    """Title to int32 token ids, cached in `folder/austen_ids.npz`."""
     cache = pathlib.Path(folder) / "austen_ids.npz"
     if not cache.exists():
         found = {}

@@ -1,4 +1,4 @@
-"""The converted SmolLM2 beside KerasHub's: the same words, the same perplexity, and what reading costs."""
+"""The converted SmolLM2 against KerasHub's: the same tokens, the same perplexity, and the speed of reading."""
 
 import json
 import time
@@ -22,7 +22,7 @@ QUESTIONS = (
 
 
 def answer(args):
-    """Prints the answer to a question, by the model with a memory."""
+    """Prints the answer of the model with a memory to a question."""
     source = load()
     lm = with_memory(source, args, initial_fam="summary")
     lm.compile(sampler="greedy")
@@ -35,7 +35,7 @@ def answer(args):
 
 
 def prompts(tokenizer, ids):
-    """Twenty prompts of at most 64 tokens: ten questions, ten places in the held-out books."""
+    """Twenty prompts of at most 64 tokens: ten questions, ten passages of the held-out books."""
     found = [tokenizer(chat(question)) for question in QUESTIONS]
     for i in range(10):
         book = ids[HELD_OUT[i % 2]]
@@ -45,7 +45,7 @@ def prompts(tokenizer, ids):
 
 
 def greedy(args, source, ids):
-    """How many of 20 prompts get the same 64 greedy tokens from KerasHub's `generate` and from streams."""
+    """Of 20 prompts, how many get the same 64 greedy tokens from KerasHub's `generate` and from streams."""
     found = prompts(source.preprocessor.tokenizer, ids)
     width = max(map(len, found)) + 64
     tokens = np.zeros((len(found), width), "int32")
@@ -71,7 +71,7 @@ def greedy(args, source, ids):
 
 
 def perplexity(args, source, ids, context=1024):
-    """Perplexity of KerasHub's model and of the converted one, which sees as much: one block of `context` tokens."""
+    """Perplexity of KerasHub's model and of the converted one with the same context, one block of `context` tokens."""
     rows = np.stack([ids[title][s : s + context + 1] for title in HELD_OUT for s in (5_000, 50_000)])
 
     def theirs(inputs, targets):
@@ -91,7 +91,7 @@ def perplexity(args, source, ids, context=1024):
 
 
 def ready(backbone, tokens):
-    """A compiled call of a KerasHub backbone, hidden states of the last token; it was not run yet where JAX allows."""
+    """A compiled call of a KerasHub backbone, hidden states of the last token; on JAX it is compiled without a run."""
 
     def call(tokens):
         return ops.sum(backbone({"token_ids": tokens, "padding_mask": ops.ones_like(tokens)})[:, -1])
@@ -138,7 +138,7 @@ def speed(args, source, ids, contexts=(2048, 4096, 8192)):
 
 
 def compare(args):
-    """All of it, or the parts in `args.parts`; writes `compare.json`."""
+    """Runs the comparisons in `args.parts`; writes `compare.json`."""
     source = load()
     ids = book_ids(source.preprocessor.tokenizer, args.out)
     report = args.out / "compare.json"

@@ -1,4 +1,4 @@
-"""Perplexity by position on held-out novels: plain windows, BSWA and FAM, before and after LoRA, memory knocked out."""
+"""Perplexity by position on held-out novels: plain windows, BSWA and FAM, before and after LoRA, memory ablated."""
 
 import gc
 import itertools
@@ -15,11 +15,11 @@ from examples.smollm2.model import load, with_memory
 from examples.smollm2.plot import plot
 from keras_fam.ops.backend import compiled
 
-ABLATIONS = ("zeroed", "shuffled")  # `initial_fam="summary"` has no memory to be frozen at
+ABLATIONS = ("zeroed", "shuffled")  # not "frozen": `initial_fam="summary"` has no fixed first memory
 
 
 def held_out_rows(ids, rows, tokens):
-    """`[rows, tokens + 1]` from the held-out books, as many from each, at even distances."""
+    """`[rows, tokens + 1]` from the held-out books, equally many from each, evenly spaced."""
     found = []
     for title in HELD_OUT:
         each = rows // len(HELD_OUT)
@@ -28,10 +28,10 @@ def held_out_rows(ids, rows, tokens):
     return np.stack(found)
 
 
-def log_losses(lm, rows, step, how=None, seed=0, watch=None):
+def log_losses(lm, rows, step, ablation=None, seed=0, watch=None):
     """−log p of tokens 1, 2, … given all before, `[B, T]`, streamed `step` tokens at a time.
 
-    `watch(position, losses so far)` is called after every step; memory is knocked out before it if `how` is given.
+    `watch(position, losses so far)` is called after every step; the memory is ablated before it if `ablation` is given.
     """
 
     def read(inputs, targets, state):
@@ -43,8 +43,8 @@ def log_losses(lm, rows, step, how=None, seed=0, watch=None):
     run, rng = compiled(read, lambda: lm.variables), np.random.default_rng(seed)
     state, found = lm.get_initial_state(len(rows)), []
     for start in range(0, rows.shape[1] - 1, step):
-        if how and start:
-            state = keras_fam.ablate_memory(lm, state, how, rng)
+        if ablation and start:
+            state = keras_fam.ablate_memory(lm, state, ablation, rng)
         part = rows[:, start : start + step + 1]
         loss, state = run(ops.convert_to_tensor(part[:, :-1]), ops.convert_to_tensor(part[:, 1:]), state)
         found.append(ops.convert_to_numpy(loss))
@@ -54,7 +54,7 @@ def log_losses(lm, rows, step, how=None, seed=0, watch=None):
 
 
 def summary(losses, window, edges=(0, 128, 256, 512, 1024, 2048, 4096, 8192)):
-    """Perplexity in all, at positions beyond the window, and between positions."""
+    """Perplexity of all tokens, beyond the window, and by range of positions."""
     edges = [e for e in edges if e < losses.shape[1]] + [losses.shape[1]]
     parts = {f"{a}-{b}": float(np.exp(losses[:, a:b].mean())) for a, b in itertools.pairwise(edges)}
     every, beyond = float(np.exp(losses.mean())), float(np.exp(losses[:, window:].mean()))
@@ -62,13 +62,13 @@ def summary(losses, window, edges=(0, 128, 256, 512, 1024, 2048, 4096, 8192)):
 
 
 def against(losses, others, window):
-    """Mean difference of log-losses beyond the window, and its standard error over rows."""
+    """Mean difference of losses beyond the window, and its standard error over rows."""
     difference = (losses - others)[:, window:].mean(1)
     return {"nats": float(difference.mean()), "error": float(difference.std(ddof=1) / len(difference) ** 0.5)}
 
 
 def evaluate(args):
-    """Measures every system on the same rows; what is in the report already is kept."""
+    """Measures every system on the same rows; keeps what is already in the report."""
     report = args.out / "perplexity.json"
     record = json.loads(report.read_text()) if report.exists() else {}
     losses_file = args.out / "losses.npz"
@@ -77,11 +77,11 @@ def evaluate(args):
     rows = held_out_rows(book_ids(source.preprocessor.tokenizer, args.out), args.rows, args.tokens)
     window = (args.segments + 1) * args.block
 
-    def measure(name, lm, how=None, step=None):
+    def measure(name, lm, ablation=None, step=None):
         if name in losses and losses[name].shape == (args.rows, args.tokens) and not args.again:
             return
         began = time.time()
-        losses[name] = log_losses(lm, rows, step or args.block, how, args.seed)
+        losses[name] = log_losses(lm, rows, step or args.block, ablation, args.seed)
         found = summary(losses[name], window)
         record[name] = {**found, "seconds": round(time.time() - began, 1)}
         for other in ("BSWA", "BSWA + LoRA", "FAM + LoRA"):
@@ -111,8 +111,8 @@ def evaluate(args):
         lm = base(fam=fam)
         lm.load_lora_weights(folder / json.loads((folder / "training.json").read_text())["weights"])
         measure(name, lm)
-        for how in ABLATIONS if fam else ():
-            measure(f"{name}, {how}", lm, how)
+        for ablation in ABLATIONS if fam else ():
+            measure(f"{name}, {ablation}", lm, ablation)
         gc.collect()
     plot(args, losses, args.out / "perplexity.png")
     return record

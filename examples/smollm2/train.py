@@ -1,9 +1,9 @@
 """LoRA fine-tuning of SmolLM2 on four Austen novels: Random State Passing and the repeated random segment (Sec. 3.1).
 
-Every step reads on in a novel where the last one stopped, for `run` steps; then another place is drawn. At the end of
-each step, `repeat` random consecutive tokens of its text are repeated behind a tag, at weight 0.1, so that there is
-something to remember. Training stops and goes on where it was: LoRA updates, optimizer and the memory that Random State
-Passing keeps are on disk after every `epoch` steps.
+Steps read consecutive parts of a novel, `run` of them from each random position. At the end of each step, `repeat`
+random consecutive tokens of its text are repeated after a tag, at weight 0.1, so that there is something to remember.
+Training resumes where it was stopped: LoRA updates, optimizer and the memory of Random State Passing are saved after
+every `epoch` steps.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ TAG = "\n\n[repeat random segment]:"
 
 
 class Reading(keras.utils.PyDataset):
-    """Steps of one row: text, tag, segment. Step i depends on the seed and i alone, so training can go on anywhere."""
+    """Steps of one row: text, tag, segment. A step depends on its number and the seed alone."""
 
     def __init__(self, ids, tokenizer, args, first=0):
         super().__init__()
@@ -55,20 +55,20 @@ class Reading(keras.utils.PyDataset):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps what training needs to go on, and what it went through; a crash leaves the last state whole."""
+    """Saves what training needs to resume, and a log; after a crash the last complete state is intact."""
 
     def __init__(self, folder, args):
         super().__init__()
         self.folder, self.args = pathlib.Path(folder), args
         self.log, self.began = [], time.time()
 
-    def held(self):
-        """Variables beside those of the LoRA file: the optimizer's, and Random State Passing's."""
+    def other_variables(self):
+        """Variables that are not in the LoRA file: those of the optimizer and of Random State Passing."""
         passing = self.model.backbone.random_state_passing
         return [*self.model.optimizer.variables, *([] if passing is None else passing.variables)]
 
     def restore(self):
-        """How many steps are done; 0 if there is nothing to restore."""
+        """Restores the last state; returns the number of steps done, 0 if there is none."""
         report = self.folder / "training.json"
         if not report.exists():
             return 0
@@ -80,12 +80,14 @@ class Checkpoint(keras.callbacks.Callback):
         }
         changed = {k for k, v in same.items() if record["args"][k] != v}
         if changed:
-            raise ValueError(f"{self.folder} holds a training with other {sorted(changed)}; choose another --run-name.")
+            raise ValueError(
+                f"{self.folder} has a run with other values of {sorted(changed)}. Choose another --run-name."
+            )
         self.log = record["log"]
         self.model.load_lora_weights(self.folder / record["weights"])
-        with np.load(self.folder / record["state"]) as held:
-            for i, variable in enumerate(self.held()):
-                variable.assign(ops.cast(held[str(i)], variable.dtype))
+        with np.load(self.folder / record["state"]) as saved:
+            for i, variable in enumerate(self.other_variables()):
+                variable.assign(ops.cast(saved[str(i)], variable.dtype))
         return record["steps"]
 
     def on_epoch_end(self, epoch, logs=None):
@@ -93,10 +95,13 @@ class Checkpoint(keras.callbacks.Callback):
         seconds = round(time.time() - self.began, 1)
         self.log.append({"step": steps, "seconds": seconds, **{k: float(v) for k, v in logs.items()}})
         self.began = time.time()
-        slot = "ab"[(epoch + 1) % 2]  # the report names the files that belong together
+        slot = "ab"[(epoch + 1) % 2]  # the report names the two files of one state, so that they always match
         names = {"weights": f"{slot}.lora.h5", "state": f"{slot}.npz"}
         self.model.save_lora_weights(self.folder / names["weights"])
-        np.savez(self.folder / names["state"], **{str(i): ops.convert_to_numpy(v) for i, v in enumerate(self.held())})
+        np.savez(
+            self.folder / names["state"],
+            **{str(i): ops.convert_to_numpy(v) for i, v in enumerate(self.other_variables())},
+        )
         args = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(self.args).items()}
         report = self.folder / "training.json.part"
         report.write_text(json.dumps({"args": args, "steps": steps, **names, "log": self.log}, indent=1) + "\n")
@@ -104,7 +109,7 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 def train(args):
-    """Trains until `args.steps`, from where an earlier call stopped."""
+    """Trains until step `args.steps`, resuming an earlier call."""
     keras.utils.set_random_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     lm = with_memory(load(), args, random_state_passing=args.passing if args.fam else 0.0)
@@ -118,7 +123,7 @@ def train(args):
     checkpoint.set_model(lm)
     done = checkpoint.restore()
     if done:
-        print(f"going on after step {done}")
+        print(f"resuming after step {done}")
     data = Reading(book_ids(lm.preprocessor.tokenizer, args.out.parent), lm.preprocessor.tokenizer, args, done)
     callbacks = [checkpoint]
     writers = all(importlib.util.find_spec(name) for name in ("tensorboard", "tensorflow"))

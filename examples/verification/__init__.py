@@ -1,1 +1,1 @@
-"""Long checks that are no unit tests: faults, threads, resuming, conversions, TPU programs."""
+"""Checks that take longer than a unit test: faults, threads, resumption, conversions, TPU programs."""

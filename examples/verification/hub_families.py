@@ -3,8 +3,8 @@
     KERAS_BACKEND=torch python -m examples.verification.hub_families --configurations 5 --out out/families.json
 
 Per family, the largest absolute difference of the logits over the configurations, beside the size of the logits:
-without memory up to one block (T = S, beyond the sliding windows), with a memory that rides up with the first block,
-and after the way back to KerasHub. Where every layer has a sliding window, four blocks are compared as well.
+without memory up to one block (T = S, beyond the sliding windows), with `initial_fam="summary"`, and after the
+conversion back to KerasHub. If every layer has a sliding window, four blocks are compared as well.
 """
 
 import argparse
@@ -111,7 +111,7 @@ FAMILIES = {"Llama": llama, "Llama 3 (RoPE bands)": llama3, "SmolLM (tied)": smo
 
 @contextlib.contextmanager
 def windows_kept():
-    """KerasHub 0.32 forgets the sliding window of Qwen 2 and 3 where it uses Keras' fused attention (JAX, torch)."""
+    """KerasHub 0.32 ignores the sliding window of Qwen 2 and 3 with fused attention (JAX, torch): turns it off."""
     with contextlib.ExitStack() as stack:
         for name in ("qwen.qwen_attention", "qwen3.qwen3_attention"):
             target = f"keras_hub.src.models.{name}.fused_attention_op_available"
@@ -136,13 +136,13 @@ def tokens(length=LENGTH, rows=2):
 
 
 def logits(model, token_ids):
-    """Logits as a NumPy array, of a model of either kind."""
+    """Logits of a model of either package, as a NumPy array."""
     theirs = isinstance(model, keras_hub.models.CausalLM)
 
     def call(token_ids):
         return model({"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids)} if theirs else token_ids)
 
-    if keras.backend.backend() == "jax":  # which else compiles every operation by itself
+    if keras.backend.backend() == "jax":  # otherwise every operation is compiled on its own
         call = compiled(call, lambda: model.variables)
     with windows_kept():
         return ops.convert_to_numpy(call(ops.convert_to_tensor(token_ids)))
@@ -153,7 +153,7 @@ def difference(first, second):
 
 
 def measure(family, seed):
-    """Largest differences of one random configuration."""
+    """The largest differences of one random configuration."""
     there, fields = source(family, seed)
     expected = logits(there, tokens())
     found = {"logits": float(np.abs(expected).max())}
@@ -171,7 +171,7 @@ def measure(family, seed):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configurations", type=int, default=5, help="random configurations for each family")
+    parser.add_argument("--configurations", type=int, default=5, help="random configurations of each family")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for all fields and differences")
     args = parser.parse_args(argv)
     columns = ["logits", "one block", "summary", "back", "four blocks"]

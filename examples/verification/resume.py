@@ -1,10 +1,10 @@
-"""Kills trainings at random steps, resumes them, and compares every loss with that of a run that was never stopped.
+"""Kills training runs at random steps, resumes them, and compares every loss with that of an uninterrupted run.
 
     python -m examples.verification.resume --backends jax,torch,tensorflow --kills 2 --out out/resume.json
 
-Each run is a process of its own, and killed by SIGKILL: it gets no chance to save. Dropout and noise on the memory draw
-from seed generators, Adam has moments, rows carry state across steps, and the order of documents is drawn: all of it
-has to come back for the losses to be the same.
+Each run is a process of its own and is killed by SIGKILL, without a chance to save. Dropout and noise on the memory
+draw from seed generators, Adam has moments, rows carry state across steps, and the order of documents is random: all of
+it must be restored for the losses to be equal.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def arguments(argv):
     parser.add_argument("--steps", type=int, default=30, help="batches in an epoch")
     parser.add_argument("--every", type=int, default=7, help="batches after which progress is saved")
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of the steps at which runs are killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the steps at which runs are killed")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--worker", type=Path, default=None, help="used by the script itself: a run in this folder")
+    parser.add_argument("--worker", type=Path, default=None, help="internal: a run in this folder")
     return parser.parse_args(argv)
 
 
 def worker(args):
-    """A training that resumes what is in its folder, and writes a line per batch."""
+    """Trains, resuming what is in the folder, and appends a line per batch."""
     import keras
 
     import keras_fam
@@ -82,7 +82,7 @@ def lines(folder):
 
 
 def losses(folder):
-    """Pairs `(batch, loss)`; batches that were taken again after a kill stand twice."""
+    """Pairs `(batch, loss)`; batches repeated after a kill occur twice."""
     return [(int(number), float(loss)) for number, loss in map(str.split, lines(folder))]
 
 
@@ -112,7 +112,7 @@ def main(argv=None):
                 stops[-1] = losses(broken)[-1][0]
             finish(start(argv, backend, broken))
             found = losses(broken)
-        assert {number for number, _ in found} == set(expected), "batches were left out"
+        assert {number for number, _ in found} == set(expected), "batches were skipped"
         report = {
             "backend": backend,
             "batches": len(expected),

@@ -1,10 +1,10 @@
-"""Kills processes while they save sessions, and damages session files, to see what is left and what is let in.
+"""Kills processes while they save sessions, and damages session files: nothing is lost, nothing damaged is loaded.
 
     KERAS_BACKEND=torch python -m examples.verification.session_faults --kills 200 --out out/faults.json
 
-Each kill: a process saves two sessions in turns to one path and gets SIGKILL at a random moment; the file then has to
-load, as one of the two, whole. Each mutation: a session file with flipped bits, cut, with bytes swapped, put in, moved
-or zeroed, or the whole file of another model or version; loading has to raise ValueError.
+Each kill: a process alternately saves two sessions to one path and gets SIGKILL at a random moment; the file must then
+load as one of the two. Each mutation: a session file with bits flipped, truncated, with bytes swapped, inserted, moved
+or zeroed, or the file of another model or version; loading must raise ValueError.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def build(width, seed=0, **changes):
 
 
 def two_sessions(model, rows, rng):
-    """Two states of a stream, one read later than the other."""
+    """Two states of a stream, one after more tokens than the other."""
     stream = keras_fam.StreamingModel(model, rows)
     found = []
     for _ in range(2):
@@ -51,8 +51,8 @@ def contents(state, extras):
     return {name: array.tobytes() for name, array in {**arrays, **extras}.items()}
 
 
-def save_for_ever(path, model, pair, ready):
-    """A child process: saves both sessions in turns until it is killed."""
+def save_repeatedly(path, model, pair, ready):
+    """A child process: saves both sessions alternately until it is killed."""
     count = 0
     while True:
         session.save(path, model, *pair[count % 2])
@@ -61,7 +61,7 @@ def save_for_ever(path, model, pair, ready):
 
 
 def kill_writers(path, model, pair, kills, rng):
-    """How `kills` killed writers left the file; raises if it is not one of the two sessions."""
+    """Kills `kills` writers; raises AssertionError if the file is ever not one of the two sessions."""
     known = [contents(*session) for session in pair]
     session.save(path, model, *pair[0])
     left, saves, partial = collections.Counter(), 0, 0
@@ -75,7 +75,7 @@ def kill_writers(path, model, pair, kills, rng):
         if not child:
             try:
                 os.close(reading)
-                save_for_ever(path, model, pair, ready)
+                save_repeatedly(path, model, pair, ready)
             finally:
                 os._exit(1)
         os.close(ready)
@@ -84,7 +84,7 @@ def kill_writers(path, model, pair, kills, rng):
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
-            raise AssertionError("The writer ended by itself: its error is printed above.")
+            raise AssertionError("The writer ended on its own: its error is printed above.")
         while done := os.read(reading, 4096):
             saves += len(done)
         os.close(reading)
@@ -98,7 +98,7 @@ def kill_writers(path, model, pair, kills, rng):
         partial += len(names) == 2
     session.save(path, model, *pair[0])
     if os.listdir(path.parent) != [path.name]:
-        raise AssertionError("A killed writer's partial file was not taken over.")
+        raise AssertionError("A killed writer's partial file was left behind.")
     return {
         "kills": kills,
         "whole": sum(left.values()),
@@ -111,14 +111,14 @@ def kill_writers(path, model, pair, kills, rng):
 
 
 def reseal(data):
-    """Gives changed bytes a right digest."""
+    """Gives modified bytes a valid digest."""
     start = data.index(b'"digest":"') + 10
     blank = data[:start] + b"0" * 64 + data[start + 64 :]
     return blank[:start] + hashlib.blake2b(blank, digest_size=32).hexdigest().encode() + blank[start + 64 :]
 
 
 def mutate(kind, data, foreign, rng):
-    """The bytes of a session file, changed."""
+    """The bytes of a session file, modified."""
     header = 8 + int.from_bytes(data[:8], "little")
     place, other = (int(n) for n in rng.integers(len(data), size=2))
     changed = bytearray(data)
@@ -127,16 +127,16 @@ def mutate(kind, data, foreign, rng):
     elif kind == "several bits":
         for place in rng.integers(len(data), size=rng.integers(2, 20)):
             changed[place] ^= 1 << rng.integers(8)
-    elif kind == "cut":
+    elif kind == "truncated":
         del changed[place:]
-    elif kind == "cut in the header":
+    elif kind == "truncated header":
         del changed[rng.integers(header) :]
     elif kind == "swapped bytes":
         changed[place], changed[other] = changed[other], changed[place]
     elif kind == "moved piece":
         piece = changed[place : place + 512]
         changed[other : other + len(piece)] = piece
-    elif kind == "bytes put in":
+    elif kind == "inserted bytes":
         changed[place:place] = rng.bytes(int(rng.integers(1, 100)))
     elif kind == "zeroed sector":
         first = place // 512 * 512
@@ -151,19 +151,19 @@ def mutate(kind, data, foreign, rng):
     return bytes(changed)
 
 
-KINDS = ("bit", "bit of the header", "several bits", "cut", "cut in the header", "swapped bytes", "moved piece",
-         "bytes put in", "zeroed sector", "noise", "other version", "other model")  # fmt: skip
+KINDS = ("bit", "bit of the header", "several bits", "truncated", "truncated header", "swapped bytes", "moved piece",
+         "inserted bytes", "zeroed sector", "noise", "other version", "other model")  # fmt: skip
 
 
 def damage_files(path, model, foreign, mutations, rng):
-    """How `mutations` damaged files were taken: refused with ValueError, accepted, or another exception."""
+    """Loads `mutations` damaged files: counts of ValueError, of success, and of other exceptions."""
     data, done, tried = path.read_bytes(), 0, 0
     refused, accepted, crashed = (collections.Counter() for _ in range(3))
     while done < mutations:
         kind = KINDS[tried % len(KINDS)]
         tried += 1
         changed = mutate(kind, data, foreign, rng)
-        if changed == data:  # two equal bytes swapped, zeros zeroed
+        if changed == data:  # for example two equal bytes swapped
             continue
         done += 1
         path.write_bytes(changed)
@@ -190,7 +190,7 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args(argv)
     if args.kills and keras.backend.backend() != "torch":
-        # A fork of a process with the threads of JAX or TensorFlow may hang; the file is the same.
+        # A fork of a process with the threads of JAX or TensorFlow may hang; the file format is the same.
         sys.exit("Writers are forked, which is safe on torch alone: set KERAS_BACKEND=torch, or pass --kills 0.")
     if args.kills:
         import torch

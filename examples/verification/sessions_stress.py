@@ -3,9 +3,9 @@
     python -m examples.verification.sessions_stress [--sessions 64] [--threads 8] [--calls 10000]
 
 Every call works on 1 to 3 sessions that no other call is using: append, append_last, generate (greedy and sampled),
-reset, close and open again. Afterwards each session's life is read once more, alone, by a `StreamingModel`, and every
-number that the server gave out is compared. A second part sends all threads at one session. Ends with an error if a
-difference exceeds 1e-5 of a life's largest logit, or if a call, a token or a session is lost.
+reset, close and open again. Afterwards each session's history is read once more by a `StreamingModel` of its own, and
+every number that the server returned is compared. In a second part all threads call one session. Ends with an error if
+a difference exceeds 1e-5 of the session's largest logit, or if a call, a token or a session is lost.
 """
 
 import argparse
@@ -41,8 +41,8 @@ class Server:
         return {name: x.numpy() for name, x in function(**inputs).items()}
 
 
-class Life:
-    """One session from its start or reset to its end: the tokens it read, and what the server said about them."""
+class History:
+    """One session from its start or reset on: the tokens it read, and what the server returned for them."""
 
     def __init__(self):
         self.tokens, self.logits, self.choices = [], [], []
@@ -57,7 +57,7 @@ class Stress:
     def __init__(self, server, places, threads, calls, vocabulary):
         self.server, self.threads, self.vocabulary = server, threads, vocabulary
         self.numbers = [int(n) for n in server("open", count=places)["sessions"]]
-        self.lives = [[Life()] for _ in range(places)]
+        self.histories = [[History()] for _ in range(places)]
         self.idle, self.guard, self.left = list(range(places)), threading.Lock(), calls
         self.counts, self.memory, self.errors = {}, [], []
 
@@ -100,28 +100,28 @@ class Stress:
 
     def _check_positions(self, places, results):
         for place, position in zip(places, results["positions"], strict=True):
-            assert len(self.lives[place][-1]) == position, "a session is not where its calls have brought it"
+            assert len(self.histories[place][-1]) == position, "a session's position does not match its calls"
 
     def append(self, places, rng, last=False):
         given = self._chunk(places, rng, 0)
         results = self.server("append_last" if last else "append", **given)
         for i, place in enumerate(places):
-            life, n = self.lives[place][-1], given["lengths"][i]
-            if last and not n and not len(life):
+            history, n = self.histories[place][-1], given["lengths"][i]
+            if last and not n and not len(history):
                 assert not results["logits"][i].any()
             elif last:
-                life.logits.append((len(life) + n - 1, results["logits"][i][None]))
+                history.logits.append((len(history) + n - 1, results["logits"][i][None]))
             else:
                 assert not results["logits"][i, n:].any()
-                life.logits.append((len(life), results["logits"][i, :n]))
-            life.tokens.append(given["token_ids"][i, :n])
+                history.logits.append((len(history), results["logits"][i, :n]))
+            history.tokens.append(given["token_ids"][i, :n])
         self._check_positions(places, results)
 
     def append_last(self, places, rng):
         self.append(places, rng, last=True)
 
     def generate(self, places, rng):
-        begun = all(len(self.lives[place][-1]) for place in places)
+        begun = all(len(self.histories[place][-1]) for place in places)
         given = self._chunk(places, rng, 0 if begun else 1)
         options = {
             "max_new_tokens": int(rng.integers(1, 6)),
@@ -132,17 +132,17 @@ class Stress:
         seeds = rng.integers(0, 2**31 - 1, len(places))
         results = self.server("session_generate", **given, **options, seed=seeds)
         for i, place in enumerate(places):
-            life, n = self.lives[place][-1], given["lengths"][i]
+            history, n = self.histories[place][-1], given["lengths"][i]
             tokens = results["tokens"][i, : results["lengths"][i]]
-            life.tokens.append(given["token_ids"][i, :n])
-            life.choices.append((len(life), tokens, options, int(seeds[i])))
-            life.tokens.append(tokens)
+            history.tokens.append(given["token_ids"][i, :n])
+            history.choices.append((len(history), tokens, options, int(seeds[i])))
+            history.tokens.append(tokens)
         self._check_positions(places, results)
 
     def reset(self, places, rng):
         results = self.server("reset", sessions=[self.numbers[p] for p in places])
         for place in places:
-            self.lives[place].append(Life())
+            self.histories[place].append(History())
         self._check_positions(places, results)
 
     def reopen(self, places, rng):
@@ -150,41 +150,41 @@ class Stress:
         self.server("close", sessions=old)
         try:
             self.server("append", sessions=old[:1], token_ids=[[1]], lengths=[1])
-            raise AssertionError("a closed session took a call")
+            raise AssertionError("a closed session accepted a call")
         except self.server.tf.errors.InvalidArgumentError as error:
             assert "No such session" in str(error)
         for place, number in zip(places, self.server("open", count=len(places))["sessions"], strict=True):
             assert int(number) not in old
             self.numbers[place] = int(number)
-            self.lives[place].append(Life())
+            self.histories[place].append(History())
 
     def check(self, lm):
-        """The largest differences of the server's logits, relative to the largest logit of the life and as they are,
-        and the largest loss of a chosen token against the best one that surely was in the running."""
+        """The largest differences of the server's logits, relative to the session's largest logit and absolute, and the
+        largest gap between the scores of a chosen token and of the best eligible one."""
         import keras_fam
 
         stream, relative, difference, loss = keras_fam.StreamingModel(lm, 1), 0.0, 0.0, 0.0
-        for lives in self.lives:
-            for life in lives:
-                if not len(life):
+        for histories in self.histories:
+            for history in histories:
+                if not len(history):
                     continue
                 stream.reset_state()
-                expected = stream.predict(np.concatenate([NOTHING, *life.tokens])[None])[0]
-                for first, logits in life.logits:
+                expected = stream.predict(np.concatenate([NOTHING, *history.tokens])[None])[0]
+                for first, logits in history.logits:
                     part = expected[first : first + len(logits)]
                     found = float(np.abs(part - logits).max(initial=0))
                     relative = max(relative, found / float(np.abs(expected).max()))
                     difference = max(difference, found)
-                for first, tokens, options, seed in life.choices:
+                for first, tokens, options, seed in history.choices:
                     for i, token in enumerate(tokens):
                         scores, surely, perhaps = self._scores(expected[first + i - 1], options, seed, first + i)
-                        assert perhaps[token], "a token outside of the top k was chosen"
+                        assert perhaps[token], "a token outside the top k was chosen"
                         loss = max(loss, float(scores[surely].max(initial=-np.inf) - scores[token]))
         return relative, difference, loss
 
     def _scores(self, logits, options, seed, position):
-        """`(scores, surely, perhaps)` of each token: that by which it is chosen (its logit, or with the noise of its
-        seed and position), and whether it is among the top k if logits are moved by a rounding error, either way."""
+        """`(scores, surely, perhaps)` of each token: the score by which it is chosen (its logit, plus noise if
+        sampled), and whether it is among the top k for any, or for some, rounding error of the logits."""
         tf = self.server.tf
         everything = np.ones(len(logits), bool)
         if not options["temperature"]:
@@ -200,7 +200,7 @@ class Stress:
 
 
 def collide(server, threads, calls):
-    """All threads append to one session: `(kept, refused, difference)` against the stream that the kept calls make."""
+    """All threads append to one session: `(accepted, refused, difference from the stream of accepted calls)`."""
     number = server("open", count=1)["sessions"]
     kept, refused = [], []
 
@@ -247,12 +247,12 @@ def main(argv=None):
         server("close", sessions=stress.numbers[:1])
         kept, refused, mixed = collide(server, arguments.threads, 400)
     relative, difference, loss = stress.check(lm)
-    lives = sum(map(len, stress.lives))
-    tokens = sum(len(life) for session in stress.lives for life in session)
+    histories = sum(map(len, stress.histories))
+    tokens = sum(len(history) for session in stress.histories for history in session)
     warm = stress.memory[len(stress.memory) // 5]
     print(
         f"exported under {keras.backend.backend()}: {arguments.calls} calls {stress.counts} by {arguments.threads} "
-        f"threads on {arguments.sessions} sessions ({lives} lives, {tokens} tokens) in {seconds:.0f} s\n"
+        f"threads on {arguments.sessions} sessions ({histories} histories, {tokens} tokens) in {seconds:.0f} s\n"
         f"largest difference from private streams: logits {relative:.1e} of the largest ({difference:.1e} as they "
         f"are), score of a chosen token {loss:.1e}\n"
         f"resident memory: {warm:.0f} MiB after a fifth of the calls, {stress.memory[-1]:.0f} MiB at the end "

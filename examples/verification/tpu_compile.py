@@ -4,11 +4,11 @@
     make tpu ARGS="--only 'paper_1b train v5e:4x4'"     # parts of names, separated by commas
     python -m examples.verification.tpu_compile --only "paper_1b stream"   # where libtpu is installed
 
-XLA's own TPU compiler (libtpu) compiles each program ahead of time for a real topology and tells what every chip would
-hold; it refuses what does not fit. NOTHING IS EXECUTED: no speed is measured and no number is computed.
+XLA's TPU compiler (libtpu) compiles each program ahead of time for a real topology and reports the memory of each chip;
+it refuses what does not fit. NOTHING IS EXECUTED: no speed is measured and no number is computed.
 
-Compiled are the train step that `fit` compiles (mixed bfloat16, Adafactor, Random State Passing, remat) and the
-streaming step that every stream runs (`advance`, bfloat16 weights), at one chunk and at one token. Weights, optimizer
+The programs are the train step of `fit` (mixed bfloat16, Adafactor, Random State Passing, remat) and the streaming step
+(`advance`, bfloat16 weights), for one chunk and for one token. Weights, optimizer
 and state are laid out by `keras_fam.layout_map`. No weight is allocated: the Keras model is built under
 `jax.eval_shape`. The lowered program is searched for host callbacks, dynamic shapes and float64.
 """
@@ -24,7 +24,7 @@ from importlib import metadata
 from time import perf_counter
 
 GIB = 2**30
-# High-bandwidth memory of a chip, as Google states it; some of it is the runtime's own.
+# High-bandwidth memory of a chip as stated by Google; the runtime uses some of it.
 CHIP_GB = {"v5e": 16, "v5p": 95, "v6e": 32, "v4": 32}
 
 
@@ -53,29 +53,29 @@ PROGRAMS = [
     Program("paper_1b", "stream", "v5e:2x2", (1, 4), 4, 4096),
     Program("paper_1b", "decode", "v5e:2x2", (1, 4), 4, 1),
     Program("paper_1b", "stream", "v5p:2x2x1", (1, 4), 4, 4096),
-    # As one compiled loop over the layers: written out one after the other, they were never compiled to their end.
-    # On 16 chips of v5e, what one block's step keeps of all layers does not fit: there each layer is computed again.
+    # As one compiled loop over the layers: unrolled, compilation did not finish.
+    # On 16 chips of v5e, the activations of all layers for one block do not fit: each layer is rematerialized.
     Program("paper_8b", "train", "v5e:4x4", (1, 16), 1, 8192, 1, changes={"scan_layers": True, "remat": "layers"}),
     Program("paper_8b", "train", "v5e:8x8", (4, 16), 4, 8192, 1, changes={"scan_layers": True}),
     Program("paper_8b", "train", "v5p:2x2x4", (4, 4), 4, 8192, 1, changes={"scan_layers": True}),
     Program("paper_8b", "stream", "v5e:2x2", (1, 4), 4, 4096),
     Program("paper_8b", "decode", "v5e:2x2", (1, 4), 4, 1),
     Program("paper_8b", "stream", "v5p:2x2x1", (1, 4), 4, 4096),
-    # Programs of the test, small enough to compile in seconds.
+    # Programs of the tests, which compile in seconds.
     Program("tiny", "train", "v5e:2x2", (2, 2), 4, 256, 1, changes={"vocabulary_size": 512}),
     Program("tiny", "stream", "v5e:2x2", (2, 2), 4, 128, changes={"vocabulary_size": 512}),
 ]
 
 
 def topology_devices(name):
-    """The devices of a TPU topology that is not here, for example `"v5e:4x4"`."""
+    """The devices of a TPU topology, for example `"v5e:4x4"`."""
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 def build(program, make_optimizer=True):
-    """A compiled Keras model whose variables have shapes, dtypes and layouts, and no values."""
+    """A compiled Keras model whose variables have shapes, dtypes and layouts but no values."""
     import jax
 
     import keras_fam
@@ -154,7 +154,9 @@ def check(text):
     targets = set(re.findall(r"custom_call @(\w+)", text))
     called = [t for t in targets if "callback" in t.lower() or "host" in t.lower()]
     assert not called, f"the program calls the host: {called}"
-    assert not re.search(r"stablehlo\.(infeed|outfeed|send|recv)\b", text), "the program waits for the host"
+    assert not re.search(r"stablehlo\.(infeed|outfeed|send|recv)\b", text), (
+        "the program transfers data to or from the host"
+    )
     assert not re.search(r"tensor<[^>]*\?", text), "the program has shapes that are not static"
     assert not re.search(r"(tensor<|x)f64\b", text), "the program computes in float64"
 
@@ -166,7 +168,7 @@ def compile_one(program):
     import keras_fam
     from keras_fam.ops import attention
 
-    attention.WHOLE_BYTES = 1 << 62  # attention in steps is for the CPU that compiles, not for the chip
+    attention.WHOLE_BYTES = 1 << 62  # on a TPU, attention is not computed in steps
     devices = topology_devices(program.topology)
     mesh = keras.distribution.DeviceMesh(program.mesh, ("batch", "model"), devices)
     settings = keras_fam.model_config(program.model, **program.changes)
@@ -224,7 +226,7 @@ def main(argv=None):
     os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is executed, so several may compile
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is executed, so several processes may compile
     chosen = [p for p in PROGRAMS if any(part in p.name for part in args.only.split(","))]
     if args.override:
         chosen = [dataclasses.replace(p, **json.loads(args.override)) for p in chosen]

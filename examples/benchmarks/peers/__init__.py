@@ -1,1 +1,1 @@
-"""What the benchmarks compare with."""
+"""What the benchmarks compare with: handwritten versions, stock attention, other packages."""

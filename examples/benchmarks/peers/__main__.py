@@ -1,4 +1,4 @@
-"""keras_fam against what people use for long texts today: prefill and decoding per token, one process, in turns.
+"""keras_fam against other packages for long texts: prefill and decoding per token, in one process, alternately.
 
     make peers          # sets up .venv-peers, then runs this script
     python -m examples.benchmarks.peers --tokens 4096 --new 32 --out out/peers.json
@@ -6,15 +6,15 @@
 All on torch, float32, with the same threads, width, depth, heads, feed-forward width (gated where the package has it)
 and vocabulary, random weights, one row. The window is that of keras_fam: blocks of S tokens and m segments show a token
 (m+1)·S keys at most, so a sliding window has (m+1)·S keys, and packages with segments and a memory of one segment have
-segments of S. Each system reads `--tokens` tokens its own way, and then goes on token by token, greedily, with its own
-cache; packages that sample do so. What each is and is not:
+segments of S. Each system reads `--tokens` tokens in its own way, and then decodes greedily, token by token, with its
+own cache; packages that only sample do so. The systems:
 
 keras_fam, keras_fam JAX: `StreamingModel.predict` and `generate`; under JAX (a second process) compiled.
 KerasHub Llama: full attention, its cache filled at once, then `generate`.
 Mistral, RecurrentGemma (Hugging Face): sliding window (RecurrentGemma: in every third layer; the others are recurrent),
-    prefill in chunks of the window (RecurrentGemma: at once; its recurrence takes a chunk as a fresh start).
+    prefill in chunks of the window (RecurrentGemma: at once; its recurrence restarts with each chunk).
 x-transformers: segments with the memory of one segment (Transformer-XL), keys cached inside a segment.
-titans: memory as context, a neural memory in every layer, which is trained while it reads; cached sampling.
+titans: memory as context, a neural memory in every layer, which is trained during reading; cached sampling.
 rmt: recurrent-memory-transformer-pytorch, F memory tokens, memory of one segment; it has no cache inside a segment, so
     decoding is measured from the middle of one.
 """
@@ -32,9 +32,9 @@ from examples.benchmarks import measuring
 
 
 class Peer:
-    """A system: its number of parameters, `read()` and `go_on()`, functions of no arguments that do the work.
+    """A system: its number of parameters, and the functions `read()` and `go_on()`, which prefill and decode.
 
-    `go_on` starts each time from what the last `read` left.
+    `go_on` starts from the state that the last `read` left.
     """
 
     def __init__(self, parameters, read, go_on):
@@ -106,7 +106,7 @@ def hub_llama(args, ids):
         held["cache"] = fill(whole)
         ops.convert_to_numpy(held["cache"][0][0, -1])
 
-    model._build_cache = lambda token_ids: tuple(x * 1.0 for x in held["cache"])  # decoding alone is timed
+    model._build_cache = lambda token_ids: tuple(x * 1.0 for x in held["cache"])  # only decoding is timed
     return Peer(backbone.count_params(), read, lambda: model.generate(inputs, stop_token_ids=None))
 
 
@@ -117,7 +117,7 @@ def hugging_face(model, args, ids, chunk):
     ids, held = torch.tensor(ids), {}
 
     def read():
-        held["cache"] = DynamicCache(config=model.config)  # written in place
+        held["cache"] = DynamicCache(config=model.config)  # updated in place
         for first in range(0, args.tokens, chunk):
             piece = ids[:, first : first + chunk]
             out = model(piece, past_key_values=held["cache"], use_cache=True, logits_to_keep=1)
@@ -230,7 +230,7 @@ def titans(args, ids):
         places = net.axial_pos_emb.maybe_derive_outer_dim(length, (net.neural_memory_segment_len,))
         held["places"] = net.axial_pos_emb(places, return_factorized=True)
         logits, held["cache"] = step(ids, None)
-        while logits is None:  # it has just read a token of its memory
+        while logits is None:  # it has just read a memory token
             logits, held["cache"] = step(ids, held["cache"])
         held["next"] = logits[:, -1:].argmax(-1)
 

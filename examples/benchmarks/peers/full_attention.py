@@ -1,14 +1,14 @@
-"""The peer of `gpu.py`: a causal Transformer of the same width and depth whose tokens see every earlier one.
+"""The peer of `examples.benchmarks.gpu`: a causal Transformer of the same width and depth with full attention.
 
-Plain Keras: `ops.dot_product_attention`, which runs the fused kernel of the backend where it has one (cuDNN on JAX,
-`scaled_dot_product_attention` on torch). The feed-forward part runs over a piece of the tokens at a time, so that long
-inputs do not fail for the memory of that part.
+Plain Keras: `ops.dot_product_attention`, which runs the fused kernel of the backend if it has one (cuDNN on JAX,
+`scaled_dot_product_attention` on torch). The feed-forward part runs over pieces of the tokens, so that long inputs do
+not exhaust memory there.
 """
 
 import keras
 from keras import ops
 
-PIECE = 8192  # tokens that pass the feed-forward part together
+PIECE = 8192  # tokens in a piece of the feed-forward part
 
 
 def rotate(x, positions):
@@ -22,7 +22,7 @@ def rotate(x, positions):
 
 
 def write(cache, new, position):
-    """A cache with `new` `[B, 1, N, H]` at `position`: in place on torch; on JAX the program may reuse its memory."""
+    """A cache with `new` `[B, 1, N, H]` at `position`: in place on torch; on JAX the program may reuse the buffer."""
     if keras.backend.backend() == "torch":
         return cache.index_copy_(1, ops.reshape(position, (1,)).long(), new)
     return ops.slice_update(cache, (0, position, 0, 0), new)
@@ -75,8 +75,8 @@ class FullAttention(keras.Model):
     """Token ids `[B, T]` to hidden states `[B, T, D]`.
 
     Args:
-        vocabulary_size, num_layers, hidden_dim, num_query_heads, intermediate_dim: as of a `TransformerFAMBackbone`.
-        remat: whether each layer is computed again in the backward pass.
+        vocabulary_size, num_layers, hidden_dim, num_query_heads, intermediate_dim: as in `TransformerFAMBackbone`.
+        remat: bool, whether each layer is rematerialized.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class FullAttention(keras.Model):
         return tuple((ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)) for _ in self.blocks)
 
     def step(self, token_ids, caches, position):
-        """Hidden state `[B, 1, D]` of one token at int scalar `position`, and the caches with it."""
+        """Hidden state `[B, 1, D]` of one token at the int scalar `position`, and the updated caches."""
         x, new = self.token_embedding(token_ids), []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = block.step(x, cache, position)

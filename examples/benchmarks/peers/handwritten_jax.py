@@ -1,13 +1,13 @@
-"""TransformerFAM by hand in plain JAX: the peer that keras_fam's speed is measured against (`speed.py`).
+"""TransformerFAM written by hand in plain JAX, the peer of `examples.benchmarks.speed`.
 
 One configuration only: pre-norm, RMS norms, as many key/value heads as query heads, RoPE, gated SiLU feed-forward, a
-first memory per layer, whole sequences from a fresh start. What was measured with JAX 0.10 on a CPU, for training:
-every product with a weight is a plain matrix product of `[rows, inputs]`, because the gradient of a kernel contracted
-over two axes (batch and tokens) is slow: feed-forward over `[B, T, D]` makes the whole step 1.4 times as long. Heads
-stand before tokens, and the softmax is divided after the product with the values: a few per cent each. Attention one
-block at a time takes half as long as over all blocks, whose softmax weights do not fit the cache. No gain came
-from joining projections, unrolling or rematerialising the scan, several dots for a window instead of one, or taking
-weight gradients out of the scan.
+first memory per layer, whole sequences from the initial state. Measured with JAX 0.10 on a CPU, for training: every
+product with a weight is a plain matrix product of `[rows, inputs]`, because the gradient of a kernel contracted over
+two axes (batch and tokens) is slow: feed-forward over `[B, T, D]` makes the whole step 1.4 times as long. Heads come
+before tokens, and the softmax is divided after the product with the values: a few per cent each. Attention one block at
+a time takes half as long as over all blocks, whose softmax weights do not fit the cache. There was no gain from joint
+projections, unrolling or rematerializing the scan, several dots for a window instead of one, or weight gradients
+outside the scan.
 
 Axes: B rows, T tokens, S block, C blocks, m segments, F memory rows, N heads, H head width, D width, M inner width,
 W = F + (m + 1)·S keys in a window.
@@ -103,7 +103,7 @@ def attend(query, key, value, mask=None):
     return (weights @ value) / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-# One block at a time, and again in the backward pass: softmax weights stay in the cache.
+# One block at a time, rematerialized in the backward pass: softmax weights stay in the cache.
 attend_again = jax.checkpoint(attend)
 
 
@@ -132,7 +132,7 @@ def write_memories(p, key, value, config):
     """
     B, C, F, scale = key.shape[0], key.shape[1], config.fam_length, config.head_dim**-0.5
     starts = np.arange(C)[:, None] * config.block_size
-    cos, sin = rotation(starts - F + np.arange(F), config.head_dim)  # [C, F, H/2]: the last F places before a block
+    cos, sin = rotation(starts - F + np.arange(F), config.head_dim)  # [C, F, H/2]: the last F positions before a block
 
     def step(memory, block):
         residual, query, fam_key, fam_value = memory
@@ -147,7 +147,7 @@ def write_memories(p, key, value, config):
     fam = jnp.broadcast_to(p["initial_fam"], (B, F, config.hidden_dim))
     first = memory_projections(p, fam, (cos[0], sin[0]), scale)
     blocks = (key[:, :-1].swapaxes(0, 1), value[:, :-1].swapaxes(0, 1), cos[1:], sin[1:])
-    # The carried residual starts at zero: the first update after a fresh start has none.
+    # The carried residual starts at zero: the first update has none.
     _, written = lax.scan(step, (jnp.zeros_like(fam), *first), blocks)
     return (jnp.concatenate([a[:, None], b.swapaxes(0, 1)], axis=1) for a, b in zip(first[1:], written, strict=True))
 

@@ -1,4 +1,4 @@
-"""TransformerFAM by hand in plain torch, eager: the peer that keras_fam's speed is measured against (`speed.py`).
+"""TransformerFAM written by hand in plain torch, eager, the peer of `examples.benchmarks.speed`.
 
 The same configuration, parameter names and layouts as `handwritten_jax.py`: weights can be copied as NumPy arrays.
 
@@ -117,7 +117,7 @@ def write_memories(p, key, value, config):
     """
     B, C, F, D = key.shape[0], key.shape[1], config.fam_length, config.hidden_dim
     starts = np.arange(C)[:, None] * config.block_size
-    cos, sin = rotation(starts - F + np.arange(F), config.head_dim)  # [C, F, H/2]: the last F places before a block
+    cos, sin = rotation(starts - F + np.arange(F), config.head_dim)  # [C, F, H/2]: the last F positions before a block
     block_keys, block_values = key.unbind(1), value.unbind(1)
     fam, residual = p["initial_fam"].expand(B, F, D).reshape(-1, D), None  # the first update has no residual
     fam_keys, fam_values = [], []

@@ -1,9 +1,9 @@
-"""A plain causal Transformer of stock Keras layers, the peer of `against_attention.py`: same width, depth, heads, RoPE.
+"""A causal Transformer of stock Keras layers with RoPE, the peer of `examples.benchmarks.against_attention`.
 
-Attention is as good as the backend has it on a CPU. torch: the fused causal `scaled_dot_product_attention` (through
-`keras.ops.dot_product_attention`), which skips what the mask hides. JAX and TensorFlow have no fused kernel on a CPU,
-and a whole `[T, T]` of logits does not fit at 16k tokens: queries go in chunks, each over the keys up to its own end,
-so the hidden half is skipped there too; in training each chunk is computed again in the backward pass.
+Attention is the fastest of each backend on a CPU. torch: the fused causal `scaled_dot_product_attention` (through
+`keras.ops.dot_product_attention`), which skips the masked half. JAX and TensorFlow have no fused kernel on a CPU, and
+`[T, T]` logits do not fit at 16k tokens: queries are processed in chunks, each over the keys up to its end, so that the
+masked half is skipped as well; in training each chunk is rematerialized.
 """
 
 import keras
@@ -17,7 +17,7 @@ class CausalAttention(keras.layers.Layer):
     Args:
         num_heads: N.
         head_dim: H.
-        chunk: queries that are attended to at once where there is no fused kernel.
+        chunk: int, queries in a chunk where there is no fused kernel.
     """
 
     def __init__(self, num_heads, head_dim, chunk=512, **kwargs):
@@ -74,7 +74,7 @@ def attend_chunk(query, key, value):
 
 
 class GatedFeedForward(keras.layers.Layer):
-    """`[B, T, D]` to `[B, T, D]`; one matrix of rows, because Keras' `Dense` of `[B, T, D]` trains slowly on JAX."""
+    """`[B, T, D]` to `[B, T, D]`; as one matrix, because Keras' `Dense` over `[B, T, D]` trains slowly on JAX."""
 
     def __init__(self, intermediate, **kwargs):
         super().__init__(**kwargs)
