@@ -36,11 +36,15 @@ def scan(step, carry, xs, y_like, *, unroll=False):
     """
     backend = keras.backend.backend()
     length = next(iter(xs.values())).shape[0]
-    if backend == "jax" and not (length <= MAX_EAGER_STEPS and all(map(is_eager, keras.tree.flatten((carry, xs))))):
+    static = isinstance(length, int)
+    if backend == "jax" and not (
+        static and length <= MAX_EAGER_STEPS and all(map(is_eager, keras.tree.flatten((carry, xs))))
+    ):
         import jax
 
-        size = sum(x.size * x.dtype.itemsize for x in keras.tree.flatten(xs))
-        few = unroll and length <= UNROLL_STEPS and size >= length * LARGE_STEP
+        sizes = [x.size * x.dtype.itemsize for x in keras.tree.flatten(xs)]
+        few = unroll and static and length <= UNROLL_STEPS
+        few = few and all(isinstance(size, int) for size in sizes) and sum(sizes) >= length * LARGE_STEP
         return jax.lax.scan(step, carry, xs, unroll=few)
     if backend == "tensorflow":
         return _scan_tensorflow(step, carry, xs, y_like)
