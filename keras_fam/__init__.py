@@ -3,7 +3,7 @@
 from keras_fam import data, hub, tasks, training
 from keras_fam.distribution.layout_map import layout_map
 from keras_fam.evaluation import MemoryMonitor, StreamScorer, ablate_memory, evaluate, memory_statistics
-from keras_fam.export import export_serving
+from keras_fam.export import export_serving, export_step
 from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
@@ -38,6 +38,7 @@ __all__ = [
     "data",
     "evaluate",
     "export_serving",
+    "export_step",
     "hub",
     "layout_map",
     "memory_statistics",

@@ -10,5 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ and keras.backend.backend() != "jax" and 
     os.nice(5)
 
 
+# With one core TensorFlow has one thread for calls, and a call that takes long blocks all others.
+if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
+
+
 def pytest_report_header():
     return f"backend: {keras.backend.backend()}, keras {keras.__version__}"

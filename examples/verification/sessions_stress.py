@@ -237,13 +237,14 @@ def main(argv=None):
 
     lm = small_model()
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(export_serving(lm, folder, sessions=arguments.sessions))
+        server = Server(export_serving(lm, folder, sessions=arguments.sessions, admin_secret="stress"))
         stress = Stress(server, arguments.sessions, arguments.threads, arguments.calls, VOCABULARY)
         start = time.perf_counter()
         stress.run()
         seconds = time.perf_counter() - start
         assert sum(stress.counts.values()) == arguments.calls
-        assert sorted(stress.numbers) == server("list", count=10**6)["sessions"].tolist(), "a session was lost"
+        listed = server("list", count=10**6, secret="stress")["sessions"].tolist()
+        assert sorted(stress.numbers) == listed, "a session was lost"
         server("close", sessions=stress.numbers[:1])
         kept, refused, mixed = collide(server, arguments.threads, 400)
     relative, difference, loss = stress.check(lm)

@@ -1,4 +1,7 @@
-"""Tensors of any dtype as float32 words, bit by bit. They are only ever copied, so no bit changes."""
+"""Tensors of any dtype as float32 words, bit by bit: a session's whole state is one row of one variable.
+
+The words are only ever copied, never computed with, so no bit changes.
+"""
 
 import math
 
@@ -6,7 +9,7 @@ from keras_fam.export.saved_model.serving_functions import tensorflow
 
 
 class PackedTensor:
-    """How one leaf `[R, …]` of a state stands in a row: as float32 words, bit by bit.
+    """How one leaf `[R, …]` of a state is stored in a row.
 
     Args:
         shape: static shape without the batch axis.
@@ -20,11 +23,12 @@ class PackedTensor:
         tf = tensorflow()
         self.shape, self.dtype = tuple(shape), tf.as_dtype(dtype)
         self.entries = math.prod(self.shape)
-        # Booleans are counted as numbers, 1 word each; halves share a word.
+        # A boolean takes a word (0.0 or 1.0); two 16-bit numbers share one.
         self.bytes = 4 if self.dtype == tf.bool else self.dtype.size
         self.count = -(-self.entries * self.bytes // 4)
 
     def encode(self, x):
+        """`[R, *shape]` to float32 `[R, count]`."""
         tf = tensorflow()
         x = tf.reshape(x, [tf.shape(x)[0], self.entries])
         if self.dtype == tf.bool:
@@ -36,6 +40,7 @@ class PackedTensor:
         return tf.reshape(x, [tf.shape(x)[0], self.count])
 
     def decode(self, words):
+        """The inverse of `encode`."""
         tf = tensorflow()
         rows = tf.shape(words)[0]
         if self.dtype == tf.bool:

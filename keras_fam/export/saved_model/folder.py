@@ -1,12 +1,12 @@
-"""Version folders as TF Serving polls them: a number appears whole or not at all."""
+"""Version folders as TF Serving polls them: a version appears complete or not at all."""
 
 import pathlib
 
 
 def check_version(path, version, overwrite):
-    """The folder of a version; ValueError if the number does not fit or is taken."""
+    """The folder of a version; ValueError if the number is invalid or already exists."""
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"`version` is a whole number of at least 1, the newest is served; received {version!r}.")
+        raise ValueError(f"`version` must be a positive integer (the largest is served); received {version!r}.")
     folder = pathlib.Path(path) / str(version)
     if folder.exists() and not overwrite:
         raise ValueError(

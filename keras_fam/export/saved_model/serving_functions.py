@@ -1,7 +1,7 @@
-"""What the server computes: reading tokens, as functions of flat tensors. TensorFlow alone.
+"""What the server computes: reading tokens, as functions of flat tensors. Runs on TensorFlow only.
 
-The served state is the model's `StreamState` and, for a language model, the logits behind the last token read: with
-them a stream can go on generating without a prompt. Every row of it is one stream.
+The served state is the model's `StreamState` and, for a language model, the logits after the last token read, from
+which a stream can continue generating without a prompt. Each of its rows is one stream.
 """
 
 import re
@@ -13,7 +13,7 @@ from keras_fam.state import Spec, StreamState, map_specs, named_leaves
 
 
 def tensorflow():
-    """The `tensorflow` module; a missing one raises ImportError with the remedy."""
+    """The `tensorflow` module; ImportError with the remedy if it is missing."""
     try:
         import tensorflow
     except ImportError as error:
@@ -25,7 +25,7 @@ def tensorflow():
 
 
 def require(condition, message, *seen):
-    """An op that fails with InvalidArgument and the message unless all of `condition` holds."""
+    """An op that fails with InvalidArgument and the message unless all entries of `condition` are True."""
     tf = tensorflow()
     return tf.debugging.Assert(tf.reduce_all(condition), [message, *seen], summarize=16)
 
@@ -42,7 +42,7 @@ class Served(NamedTuple):
 
     Attributes:
         stream: `StreamState`.
-        logits: float32 `[B, V]` behind each row's last token, zeros before the first; `()` for a backbone.
+        logits: float32 `[B, V]` after each row's last token, zeros before the first; `()` for a backbone.
     """
 
     stream: Any
@@ -54,7 +54,7 @@ class Reader:
 
     Args:
         model: a built `TransformerFAMCausalLM` or `TransformerFAMBackbone` on the TensorFlow backend.
-        step_size: tokens that are read at a time where only the last logits are wanted.
+        step_size: tokens that are read at a time where only the last logits are needed.
 
     Attributes:
         generates: whether the model has logits to choose tokens from.
@@ -105,7 +105,7 @@ class Reader:
         return found
 
     def initial(self, batch_size):
-        """The `Served` state of `batch_size` (an int32 scalar) rows that have read nothing."""
+        """The initial `Served` state of `batch_size` (an int32 scalar) rows."""
         tf = tensorflow()
         stream = self.model.get_initial_state(1)
         rows = [tf.repeat(leaf, batch_size, axis=0) for leaf in keras.tree.flatten(stream)]
@@ -121,13 +121,13 @@ class Reader:
     # Checks -----------------------------------------------------------------------------------------------------
 
     def check_tokens(self, token_ids, lengths):
-        """Ops that fail for ids or lengths that do not fit; ids behind a row's length may be anything."""
+        """Ops that fail for invalid ids or lengths; ids past a row's length may be anything."""
         tf = tensorflow()
         rows, total = tf.shape(token_ids)[0], tf.shape(token_ids)[1]
         given = tf.shape(lengths)[0]
         checks = [
             require(
-                total >= 1, "token_ids [B, T] hold at least one place (T ≥ 1); received shape", tf.shape(token_ids)
+                total >= 1, "token_ids [B, T] need at least one column (T ≥ 1); received shape", tf.shape(token_ids)
             ),
             require(given == rows, "lengths have one entry per row of token_ids; rows and entries:", rows, given),
         ]
@@ -137,10 +137,10 @@ class Reader:
             known = tf.logical_and(token_ids >= 0, token_ids < self.vocabulary_size)
         return [
             *checks,
-            require(fits, "lengths are whole numbers from 0 to T; T and lengths:", total, lengths),
+            require(fits, "lengths are integers from 0 to T; T and lengths:", total, lengths),
             require(
                 tf.logical_or(known, ~real),
-                f"token_ids are numbers from 0 to {self.vocabulary_size - 1}; received",
+                f"token_ids are integers from 0 to {self.vocabulary_size - 1}; received",
                 tf.boolean_mask(token_ids, tf.logical_and(real, ~known)),
             ),
         ]
@@ -170,7 +170,7 @@ class Reader:
     # Reading ----------------------------------------------------------------------------------------------------
 
     def whole(self, token_ids, padding_mask=None):
-        """Outputs `[B, T, …]` of whole sequences that start anew."""
+        """Outputs `[B, T, …]` of whole sequences."""
         tf = tensorflow()
 
         def empty():
@@ -182,27 +182,27 @@ class Reader:
         return tf.cond(tf.shape(token_ids)[0] == 0, empty, outputs)
 
     def read(self, token_ids, lengths, served, *, every=True):
-        """The next tokens in.
+        """Reads the next tokens.
 
         Args:
             token_ids: int32 `[B, T]`, T ≥ 1 known at run time only.
-            lengths: int32 `[B]`, how many of them exist.
+            lengths: int32 `[B]`, how many of them are real.
             served: `Served` of B rows.
-            every: whether outputs of all tokens are wanted.
+            every: whether outputs of all tokens are returned.
 
         Returns:
-            `(outputs, served)`: `[B, T, …]`, zeros behind a row's length, or None unless `every`; the state after.
+            `(outputs, served)`: `[B, T, …]`, zeros past each row's length, or None unless `every`; the next state.
         """
         tf = tensorflow()
         total = tf.shape(token_ids)[1]
         token_ids = tf.where(tf.range(total) < tf.expand_dims(lengths, 1), token_ids, 0)
 
-        def nothing():  # a call of no rows
+        def nothing():  # a call without rows
             width = self.model.output_width
             empty = tf.zeros([0, total, width], self.output_dtype)
             return ([empty] if every else []) + self.flatten(served)
 
-        def token():  # one token does not pay for a block: its program knows T = 1
+        def token():  # a program with T = 1 does not compute a whole block
             outputs, *after = self.advance_token(token_ids[:, :1], lengths, *self.flatten(served))
             return ([outputs] if every else []) + after
 
@@ -228,7 +228,7 @@ class Reader:
         return outputs, *self.flatten(Served(stream, last))
 
     def _read_in_steps(self, token_ids, lengths, *leaves):
-        """A long prompt at constant memory: hidden states of one step, logits of the last token alone."""
+        """A long prompt in constant memory: hidden states of one step, logits of the last token only."""
         tf = tensorflow()
         total, size = tf.shape(token_ids)[1], self.step_size
 
@@ -271,6 +271,6 @@ def chosen(mask, new, old):
 
 
 def keep_shapes(new, old):
-    """Tensors of a loop's body with the static shapes that they entered it with."""
+    """Tensors of a loop's body, with the static shapes that they had on entry."""
     tf = tensorflow()
     return [tf.ensure_shape(a, b.shape) for a, b in zip(new, old, strict=True)]

@@ -1,4 +1,4 @@
-"""Choosing tokens on the server: one loop of one-token steps through the model's `advance`."""
+"""Generation on the server: one loop of one-token steps through the model's `advance`."""
 
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ class Options(NamedTuple):
 
     Attributes:
         max_new_tokens: int32 scalar, N ≥ 0.
-        temperature: float32 scalar; 0 takes the best token.
-        top_k: int32 scalar; 0 leaves all tokens in.
-        seed: int32 `[B]`; what a row draws follows from its seed and its position alone.
+        temperature: float32 scalar; 0 is greedy.
+        top_k: int32 scalar; 0 keeps all tokens.
+        seed: int32 `[B]`; a row's draws depend on its seed and position only.
         stop_tokens: int32 `[K]`; a row ends with the first of them.
     """
 
@@ -31,29 +31,29 @@ def check_options(options, token_ids):
     fits = tf.logical_and(temperature >= 0, tf.math.is_finite(temperature))
     return [
         require(count >= 0, "max_new_tokens is at least 0; received", count),
-        require(fits, "temperature is a finite number of at least 0 (0 takes the best token); received", temperature),
-        require(options.top_k >= 0, "top_k is at least 0 (0 leaves all tokens in); received", options.top_k),
+        require(fits, "temperature is a finite number of at least 0 (0 is greedy); received", temperature),
+        require(options.top_k >= 0, "top_k is at least 0 (0 keeps all tokens); received", options.top_k),
         require(seeds == rows, "seed has one entry per row; rows and entries:", rows, seeds),
     ]
 
 
 def generate(reader, token_ids, lengths, served, options):
-    """Reads a prompt, then chooses tokens and reads each of them.
+    """Reads a prompt, then chooses new tokens and reads each of them.
 
     Args:
         reader: `Reader` of a language model.
         token_ids: int32 `[B, T]`.
-        lengths: int32 `[B]`, how many of them exist; 0 for a row that goes on from where it stands.
+        lengths: int32 `[B]`, how many of them are real; 0 for a row that continues without a prompt.
         served: `Served` of B rows.
         options: `Options`.
 
     Returns:
-        `(tokens, counts, served)`: int32 `[B, N]`, zeros behind a row's last token; int32 `[B]`, how many tokens each
+        `(tokens, counts, served)`: int32 `[B, N]`, zeros after a row's last token; int32 `[B]`, how many tokens each
         row has; the state after all of them, stop tokens included.
     """
     tf = tensorflow()
     ready = reader.position(served) + tf.cast(lengths, tf.int64) > 0
-    begun = require(ready, "A row that has read nothing needs a prompt to generate from (lengths ≥ 1); ready:", ready)
+    begun = require(ready, "A row that has read no tokens needs a prompt (lengths ≥ 1); ready:", ready)
     with tf.control_dependencies([begun]):
         lengths = tf.identity(lengths)
     leaves = tf.cond(

@@ -1,21 +1,20 @@
 """Warm-up requests: the server runs them before a version takes calls, so that no client waits for the first run."""
 
-import struct
-
 import numpy as np
 
+from keras_fam.export.saved_model.prediction_log import prediction_log
 from keras_fam.export.saved_model.serving_functions import tensorflow
 
 
 def write_warmup(folder, reader, model_name, sessions):
-    """Writes `assets.extra/tf_serving_warmup_requests`: one request per signature.
+    """Writes `assets.extra/tf_serving_warmup_requests`: one request per signature (`list`, which needs a secret, none).
 
-    None of them can fail, whatever their order or number, and none opens a session: requests for sessions have no rows.
+    No request can fail, whatever their order or number, and none opens a session: requests for sessions have no rows.
 
     Args:
         folder: the version's folder.
         reader: `Reader` of the model.
-        model_name: name under which the model is served; the server does not look at it here.
+        model_name: name under which the model is served; the server ignores it here.
         sessions: None, or the size of the session table.
     """
     tf = tensorflow()
@@ -30,7 +29,7 @@ def warmup_requests(reader, sessions):
     """Pairs of a signature and its inputs, NumPy arrays by name."""
     token, one = np.zeros((1, 1), "int32"), np.ones(1, "int32")
     block = np.zeros((1, reader.backbone.block_size), "int32")
-    # The options' types are the signature's; a row that ends at its first token has passed through everything.
+    # The options have the signature's dtypes; a row that ends at its first token has run every part of the program.
     options = {
         "max_new_tokens": np.int32(1),
         "temperature": np.float32(1),
@@ -52,34 +51,7 @@ def warmup_requests(reader, sessions):
         return found
     none, empty = np.zeros(0, "int64"), np.zeros(0, "int32")
     chunk = {"sessions": none, "token_ids": np.zeros((0, 1), "int32"), "lengths": empty}
-    found += [("open", {"count": np.int32(0)}), ("list", {"count": np.int32(0)}), ("append", chunk)]
+    found += [("open", {"count": np.int32(0)}), ("append", chunk)]
     if reader.generates:
         found += [("append_last", chunk), ("session_generate", {**chunk, **options, "seed": empty})]
     return [*found, ("reset", {"sessions": none}), ("close", {"sessions": none})]
-
-
-# The few fields of tensorflow_serving.apis.PredictionLog that a request needs, so that no package of the server is
-# needed to write them: messages and strings alone, each a key (field << 3 | 2), its length, its bytes.
-
-
-def prediction_log(model_name, signature, inputs):
-    """A serialized `PredictionLog` of one `PredictRequest`."""
-    tf = tensorflow()
-    spec = field(1, model_name.encode()) + field(3, signature.encode())  # ModelSpec.name, .signature_name
-    request = field(1, spec)  # PredictRequest.model_spec
-    for name, value in inputs.items():
-        tensor = tf.make_tensor_proto(value).SerializeToString()
-        request += field(2, field(1, name.encode()) + field(2, tensor))  # .inputs, a map
-    return field(6, field(1, request))  # PredictionLog.predict_log.request
-
-
-def field(number, content):
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def varint(number):
-    out = b""
-    while number > 127:
-        out += struct.pack("B", number & 127 | 128)
-        number >>= 7
-    return out + struct.pack("B", number)
