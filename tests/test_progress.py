@@ -15,6 +15,7 @@ from keras_fam.training import Curriculum, DatasetPosition, SaveProgress
 from keras_fam.training.batches import chunks_of
 
 V, S, B, STEPS = 11, 4, 2, 5
+QUICK = {"jit_compile": False} if keras.backend.backend() == "tensorflow" else {}  # XLA takes longer to compile a step
 
 
 class Losses(keras.callbacks.Callback):
@@ -51,9 +52,9 @@ def make_lm(seed=0, **settings):
     return lm
 
 
-def make_stream(seed=0, **settings):
+def make_stream(seed=0, optimizer=None, **settings):
     stream = keras_fam.StreamingModel(make_lm(seed, **settings), B)
-    stream.compile(keras.optimizers.Adam(1e-2))
+    stream.compile(optimizer or keras.optimizers.Adam(1e-2), **QUICK)
     return stream
 
 
@@ -71,12 +72,13 @@ def continued(seen, expected, first):
 
 
 def test_a_stream_resumes_at_any_batch(tmp_path):
-    """Weights, optimizer, carried state, seeds of dropout and noise, running metrics, the place in the documents, and
-    the stage of a curriculum."""
+    """Weights and their averages, optimizer, carried state, seeds of dropout and noise, running metrics, the place in
+    the documents, and the stage of a curriculum."""
     settings, path = {"dropout": 0.2, "fam_noise": 0.1}, tmp_path / "new" / "progress.safetensors"
 
     def run(path, seed, stop=None):
-        rows, stream = make_rows(longest=3 * S), make_stream(seed, **settings)
+        rows, optimizer = make_rows(longest=3 * S), keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9)
+        stream = make_stream(seed, optimizer, **settings)
         grow = Curriculum(rows, (3 * S, None), attribute="longest", monitor="loss", threshold=100)
         progress, losses = SaveProgress(path, stream, rows, every=2), Losses(rows, path, stop)
         progress.fit(2, callbacks=[losses, grow], verbose=0)
@@ -89,27 +91,42 @@ def test_a_stream_resumes_at_any_batch(tmp_path):
     continued(found, expected, 7)
     for one, two in zip(keras.tree.flatten(stream.state), keras.tree.flatten(other.state), strict=True):
         close(one, numpy(two), 1e-5)
+    averages = stream._trainer.optimizer._model_variables_moving_average
+    for one, two, average in zip(
+        stream.model.trainable_variables, other.model.trainable_variables, averages, strict=True
+    ):
+        close(two, numpy(one), 1e-5)
+        np.testing.assert_array_equal(numpy(one), numpy(average))  # as Keras leaves them
+    third = make_stream(9, keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9), **settings)
+    assert SaveProgress(path, third, make_rows(longest=3 * S)).fit(2) == []  # complete, so the averages again
+    for one, two in zip(stream.model.trainable_variables, third.model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(numpy(two), numpy(one))
     with pytest.raises(ValueError, match="Make both as they were"):
         SaveProgress(path, make_stream(num_visible_memories=2), make_rows()).restore()
 
 
 def test_a_model_resumes_with_its_schedule(tmp_path):
-    """`keras.Model.fit` on a task; the memory that RSP passes on and its schedule go on as well."""
+    """`keras.Model.fit` on a task, from within the first epoch. Also restored: the memory that RSP passes on and its
+    schedule, and the loss scale, accumulated gradients and averages of the optimizer."""
     path = tmp_path / "progress.safetensors"
 
     def run(path, seed, stop=None):
         lm = make_lm(seed, random_state_passing=keras_fam.Ramp(1.0, delay=3, ramp=4))
-        lm.compile(keras.optimizers.Adam(1e-2))
+        optimizer = keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2, use_ema=True, ema_momentum=0.9)
+        lm.compile(keras.optimizers.LossScaleOptimizer(optimizer, dynamic_growth_steps=3), **QUICK)
         task = AssociativeRecall(num_pairs=2, symbols=V - 4)
         batches = TaskBatches(task, B, block_size=S, blocks=4, steps_per_epoch=STEPS)
         losses = Losses(batches, path, stop)
-        SaveProgress(path, lm, batches).fit(2, callbacks=[losses], verbose=0)
+        SaveProgress(path, lm, batches, every=2).fit(2, callbacks=[losses], verbose=0)
         passing = lm.backbone.random_state_passing
         assert int(numpy(passing.steps)) == 2 * STEPS and float(numpy(passing.current_rate)) == 1.0
-        return losses.seen
+        return losses.seen, lm
 
-    expected = run(path, 0, STEPS + 2)
-    continued(run(f"{path}.broken", 9), expected, STEPS)
+    expected, lm = run(path, 0, stop=3)
+    found, other = run(f"{path}.broken", 9)
+    continued(found, expected, 4)
+    for one, two in zip(lm.trainable_variables, other.trainable_variables, strict=True):
+        close(two, numpy(one), 1e-5)
 
 
 def test_fit_moves_the_place_on(stream):

@@ -298,7 +298,7 @@ def test_callbacks_get_the_model(tmp_path):
 
 def test_batches_as_lists_and_iterators():
     """What `fit` promises to take; what it cannot read in order is refused, and nothing has moved then."""
-    stream = make_stream()
+    stream = make_stream(keras.optimizers.SGD(0.5, use_ema=True))
     lists = [(TOKENS[:, part].tolist(), TARGETS[:, part].tolist()) for part in CHUNKS]
     weights, expected = stream.model.get_weights(), stream.fit(Chunks(), verbose=0).history["loss"]
     whole = [np.concatenate([x[:, part] for part in CHUNKS]) for x in (TOKENS, TARGETS)]

@@ -66,6 +66,8 @@ class SaveProgress(DatasetPosition):
             del vars(optimizer)["finalize_variable_values"]  # the optimizer's own method again
             self._trained_weights = {id(v): _value(v) for v in variables}
             optimizer.finalize_variable_values(variables)
+            for variable in variables:  # JAX: they would share the buffers of the averages, which a step donates once
+                variable.assign(ops.copy(variable.value))
 
         if _averages(optimizer):
             vars(optimizer)["finalize_variable_values"] = finalize

@@ -123,12 +123,10 @@ class StreamTraining:
             self.compile()
         # Copies: a compiled step may reuse the memory of the variables.
         self._trainer.assign_state(keras.tree.map_structure(ops.copy, self.state))
-        self._trains, values = True, _values(self._trainer)
+        self._trains = True
         try:
-            yield self._trainer
-        except BaseException:
-            _reattach(self._trainer, values)
-            raise
+            with _values_kept(self._trainer):
+                yield self._trainer
         finally:
             self._trains = False
         self.set_state(self._trainer.state)
@@ -139,21 +137,35 @@ class StreamTraining:
         return self._trainer.state
 
 
-def _values(trainer):
-    """The values of all variables, which Keras takes out of them on JAX while `fit` and `evaluate` run."""
+@contextlib.contextmanager
+def _values_kept(trainer):
+    """JAX: Keras takes the values out of all variables while `fit` and `evaluate` run, and loses them where an
+    exception comes before the first step (in `evaluate`, at any time). Here they are put back."""
     if not hasattr(trainer, "jax_state_sync"):
-        return []
+        yield
+        return
     groups = trainer.variables, trainer.optimizer.variables, trainer.metrics_variables
-    return [(variable, variable.value) for group in groups for variable in group]
+    variables, seen = [variable for group in groups for variable in group], set()
+    for variable in variables:  # a step donates each buffer once: averaged weights share theirs with the average
+        if id(variable.value) in seen:
+            variable.assign(ops.copy(variable.value))
+        seen.add(id(variable.value))
+    values = [(variable, variable.value) for variable in variables]
 
+    def sync():
+        type(trainer).jax_state_sync(trainer)
+        for variable, value in values:
+            if variable._value is None and not value.is_deleted():
+                variable.assign(value)
 
-def _reattach(trainer, values):
-    """Puts values back that Keras leaves out after an exception (always in `evaluate`, in `fit` before a step)."""
-    if values:
-        trainer.jax_state_sync()
-    for variable, value in values:
-        if variable._value is None and not value.is_deleted():
-            variable.assign(value)
+    vars(trainer)["jax_state_sync"] = sync
+    try:
+        yield
+    except BaseException:
+        sync()
+        raise
+    finally:
+        del vars(trainer)["jax_state_sync"]
 
 
 def _listed(callbacks):
