@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_fam.hub.source import walk
+from keras_fam.ops.backend import refresh_torch_parameters
 
 
 def _swap_heads(x):
@@ -116,9 +117,7 @@ def share(pair_list, backbone):
         p.ours._track_variable(new)
         setattr(p.ours, name, new)
         p.ours._tracker.lock()
-    for layer in backbone._flatten_layers():
-        if hasattr(layer, "_torch_params"):  # torch keeps a list of parameters in every layer above as well
-            layer._track_variables()
+    refresh_torch_parameters(backbone)
 
 
 def draw_memory(backbone, seed=None):

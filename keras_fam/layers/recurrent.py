@@ -5,12 +5,13 @@ import numpy as np
 from keras import ops
 
 from keras_fam.distribution.state_sharding import state_variables
+from keras_fam.layers.quantization import QuantizedSublayersMixin, require_exact_kernels
 from keras_fam.ops import ragged as row_ops
 from keras_fam.ops.backend import wait_for
 from keras_fam.state import check_finite, check_structure, map_specs, where_rows
 
 
-class StreamingLayer(keras.layers.Layer):
+class StreamingLayer(QuantizedSublayersMixin, keras.layers.Layer):
     """Base of the layers that read a stream `[B, T, D]` block by block.
 
     A subclass implements `state_spec`, `get_initial_state` and `_advance`; calls, padding, checks and `stateful=True`
@@ -201,6 +202,7 @@ class StreamingLayer(keras.layers.Layer):
 
     def save_own_variables(self, store):
         """Saves the layer's weights. The state of a stream is no weight: it has files of its own."""
+        require_exact_kernels(self)
         for i, variable in enumerate(self._own_weights()):
             store[str(i)] = variable.numpy()
 

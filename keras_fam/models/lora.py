@@ -1,7 +1,7 @@
 """LoRA (Hu et al., 2021) on attention and feed-forward of every layer, for tokens and memory rows alike (Sec. 3.1).
 
-Keras' own layers hold the factors; `layers/apply.py` computes with them. This module chooses the layers, freezes the
-rest, and keeps the factors in files of their own.
+Keras' own layers hold the factors; `layers/fast_call.py` computes with them. This module chooses the layers, freezes
+the rest, and saves the factors to files of their own.
 """
 
 import io
@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fam.ops.backend import refresh_torch_parameters
 from keras_fam.utils.atomic import replace_file
 
 ATTENTION = ("query", "key", "value", "output")
@@ -19,8 +20,8 @@ GROUPS = {"attention": ATTENTION, "feed_forward": FEED_FORWARD}
 FORMAT = "keras_fam.lora/1"
 
 
-class LoRA:
-    """What `TransformerFAMBackbone` can do with LoRA; `TransformerFAMCausalLM` hands on to it."""
+class LoRAMixin:
+    """LoRA for a `TransformerFAMBackbone`, and for a model that has one as its `backbone`."""
 
     _frozen_variables = ()
 
@@ -30,79 +31,84 @@ class LoRA:
         Compile the model afterwards. An update acts on tokens and on memory rows, which pass the same weights.
 
         Args:
-            rank: r, at least 1. Where a kernel has heads in its output (query, key, value), Keras' update has rank r
-                in each head.
+            rank: r, a positive integer. Where a kernel has heads in its output (query, key, value), Keras' update has
+                rank r in each head.
             targets: names among `"attention"`, `"feed_forward"`, `"query"`, `"key"`, `"value"`, `"output"`, `"gate"`,
                 `"up"`, `"down"`; by default all of attention and feed-forward.
             alpha: None means `rank`, so that the factor is 1.
             train_memory: whether the first memory (the memory prompt, or each layer's rows) stays trainable.
 
         Raises:
-            ValueError: for a rank or names that do not fit, or if LoRA is on already; nothing has changed then.
+            ValueError: for an invalid rank or name, if LoRA is already enabled, or if a kernel is quantized in a mode
+                that LoRA does not support (int8 and int4 are supported). The model is left unchanged.
         """
+        backbone = backbone_of(self)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`rank` is a whole number of at least 1; received {rank!r}.")
-        if self.lora_layers():
+            raise ValueError(f"`rank` must be a positive integer; received {rank!r}.")
+        if backbone.lora_layers():
             raise ValueError(
-                "LoRA is on already, and is enabled once per model. `merge_lora()` first makes it part of the weights."
+                "LoRA is already enabled; a model takes one update at a time. Call `merge_lora()` first, which adds it "
+                "to the weights."
             )
-        names = self._lora_names([targets] if isinstance(targets, str) else list(targets))
-        if not self.built:
-            self.build()
-        memory = {id(v) for v in self._first_memory_weights()} if train_memory else set()
-        held = [v for v in self.trainable_variables if id(v) not in memory]
-        for v in held:
+        names = _target_names(backbone, [targets] if isinstance(targets, str) else list(targets))
+        if not backbone.built:
+            backbone.build()
+        chosen = [layer for name, layer in _candidates(backbone) if name.partition("/")[2] in names]
+        modes = {layer.quantization_mode for layer in chosen} - {None, "int8", "int4"}
+        if modes:
+            raise ValueError(
+                f"LoRA works on kernels that are not quantized, or in int8 or int4; received {sorted(modes)}. Enable "
+                "LoRA on the model as it was before `quantize`."
+            )
+        memory = {id(v) for v in _first_memory_weights(backbone)} if train_memory else set()
+        frozen = [v for v in backbone.trainable_variables if id(v) not in memory]
+        for v in frozen:
             v.trainable = False
-        vars(self)["_frozen_variables"] = held  # past Keras' tracking of attributes, which would count them twice
-        for name, layer in self._lora_candidates():
-            if name in names:
-                layer.enable_lora(rank, lora_alpha=alpha)
+        # Past Keras' tracking of attributes, which would count them twice.
+        vars(backbone)["_frozen_variables"] = frozen
+        for layer in chosen:
+            layer.enable_lora(rank, lora_alpha=alpha)
         refresh_torch_parameters(self)
 
     def lora_layers(self):
         """The layers with LoRA updates, a dict from a name such as `"block_3/query"`."""
-        found = {}
-        for i, block in enumerate(self.blocks if self.built else ()):
-            for name, layer in _candidates(block):
-                if layer.lora_enabled:
-                    found[f"block_{i}/{name}"] = layer
-        return found
+        backbone = backbone_of(self)
+        return {name: layer for name, layer in _candidates(backbone) if layer.lora_enabled} if backbone.built else {}
 
     def merge_lora(self):
-        """Adds every update to its kernel and takes the factors away; outputs stay the same, and cost less.
+        """Adds every update to its kernel and removes the factors; outputs stay the same, and cost less.
 
-        What `enable_lora` froze can be trained again. Compile the model afterwards.
+        What `enable_lora` froze is trainable again. Compile the model afterwards.
 
         Raises:
-            ValueError: without LoRA, or if a kernel is quantized (merge first, then quantize); nothing has
-                changed then.
+            ValueError: without LoRA, or if a kernel is quantized (merge first, then quantize). The model is left
+                unchanged.
         """
-        layers = self._with_lora()
+        backbone, layers = backbone_of(self), self._with_lora()
         for name, layer in layers.items():
             if layer.quantization_mode is not None:
                 raise ValueError(
-                    f"{name} is quantized ({layer.quantization_mode}), and its numbers cannot take an update up. Merge "
-                    "first, then quantize."
+                    f"{name} is quantized ({layer.quantization_mode}): adding the update would round the kernel once "
+                    "more and change the outputs. Merge first, then quantize."
                 )
         for layer in layers.values():
             layer._kernel.assign(ops.cast(layer.kernel, layer._kernel.dtype))
-            _remove(layer)
-        for v in self._frozen_variables:
+            _remove_factors(layer)
+        for v in backbone._frozen_variables:
             v.trainable = True
-        vars(self)["_frozen_variables"] = ()
+        vars(backbone)["_frozen_variables"] = ()
         refresh_torch_parameters(self)
 
     def save_lora_weights(self, path):
         """Saves the updates, and the first memory, to one file: `*.lora.h5`, readable under any backend.
 
         Args:
-            path: the file; it appears whole or not at all.
+            path: the file; it is written completely or not at all.
 
         Raises:
-            ValueError: without LoRA, or for another ending.
+            ValueError: without LoRA, or for a name with another ending.
         """
-        layers = self._with_lora()
-        path = _checked(path)
+        backbone, layers, path = backbone_of(self), self._with_lora(), _checked_path(path)
         import h5py
 
         content, some = io.BytesIO(), next(iter(layers.values()))
@@ -111,68 +117,34 @@ class LoRA:
             for name, layer in layers.items():
                 file[f"lora/{name}/a"] = ops.convert_to_numpy(layer.lora_kernel_a)
                 file[f"lora/{name}/b"] = ops.convert_to_numpy(layer.lora_kernel_b)
-            for i, v in enumerate(self._first_memory_weights()):
+            for i, v in enumerate(_first_memory_weights(backbone)):
                 file[f"memory/{i}"] = np.asarray(ops.convert_to_numpy(ops.cast(v.value, "float32")))
         with replace_file(path) as file:
             file.write(content.getbuffer())
 
     def load_lora_weights(self, path):
-        """Loads what `save_lora_weights` wrote; LoRA is enabled as in the file, if it is not on.
+        """Loads what `save_lora_weights` wrote; enables LoRA with the file's settings if it is not enabled.
 
         Args:
             path: a `*.lora.h5` file.
 
         Raises:
-            ValueError: if the file is none of these, or of layers, ranks or shapes that differ; nothing has changed
-                then.
+            ValueError: if the file cannot be read, or its layers, ranks or shapes are not the model's. The model is
+                left unchanged.
         """
-        path = _checked(path)
-        import h5py
-
-        if not self.built:
-            self.build()
-        try:
-            with h5py.File(path, "r") as file:
-                if file.attrs.get("format") != FORMAT:
-                    raise ValueError(f"{path} is no file of `save_lora_weights`: its format is not {FORMAT!r}.")
-                rank, alpha = int(file.attrs["rank"]), float(file.attrs["alpha"])
-                factors = {
-                    f"{block}/{name}": {part: np.asarray(both[part]) for part in ("a", "b")}
-                    for block, layers in file["lora"].items()
-                    for name, both in layers.items()
-                }
-                memory = [np.asarray(file[f"memory/{i}"]) for i in range(len(file.get("memory", ())))]
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as an HDF5 file: {error}") from error
-        self._check_lora_file(path, rank, alpha, factors, memory)
+        path, backbone = _checked_path(path), backbone_of(self)
+        if not backbone.built:
+            backbone.build()
+        rank, alpha, factors, memory = _read_file(path)
+        _check_file(backbone, path, rank, alpha, factors, memory)
         if not self.lora_layers():
             self.enable_lora(rank, sorted({name.partition("/")[2] for name in factors}), alpha=alpha)
         layers = self.lora_layers()
         for name, both in factors.items():
             layers[name].lora_kernel_a.assign(both["a"])
             layers[name].lora_kernel_b.assign(both["b"])
-        for v, value in zip(self._first_memory_weights(), memory, strict=True):
+        for v, value in zip(_first_memory_weights(backbone), memory, strict=True):
             v.assign(ops.cast(value, v.dtype))
-
-    # Inside -----------------------------------------------------------------------------------------------------
-
-    def _first_memory_weights(self):
-        """The trainable first memory: the prompt, or each layer's rows."""
-        found = [self.memory_prompt] + [block.attention.initial_fam_rows for block in self.blocks]
-        return [v for v in found if v is not None]
-
-    def _lora_candidates(self):
-        return [pair for block in self.blocks for pair in _candidates(block)]
-
-    def _lora_names(self, targets):
-        known = {*GROUPS, *ATTENTION, *FEED_FORWARD}
-        unknown = sorted(set(map(str, targets)) - known)
-        if unknown or not targets:
-            raise ValueError(f"`targets` are names among {sorted(known)}, at least one; received {targets!r}.")
-        names = {name for target in targets for name in GROUPS.get(target, (target,))}
-        if names == {"gate"} and self.blocks[0].gated is False:
-            raise ValueError("The feed-forward part of this model has no gate; received targets=['gate'].")
-        return names
 
     def _with_lora(self):
         layers = self.lora_layers()
@@ -180,76 +152,44 @@ class LoRA:
             raise ValueError("No layer has LoRA; call `enable_lora(rank)` or `load_lora_weights(path)` first.")
         return layers
 
-    def _check_lora_file(self, path, rank, alpha, factors, memory):
-        on = self.lora_layers()
-        shapes = {name: (tuple(both["a"].shape), tuple(both["b"].shape)) for name, both in factors.items()}
-        wanted = {}
-        for i, block in enumerate(self.blocks):
-            for name, layer in _candidates(block):
-                if f"block_{i}/{name}" in (on or factors):
-                    shape = tuple(layer._kernel.shape)
-                    wanted[f"block_{i}/{name}"] = ((*shape[:-1], rank), (rank, shape[-1]))
-        for name in sorted({*shapes, *wanted}):
-            if shapes.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"{path} fits another model: factors of {name} have the shapes {shapes.get(name)}, here "
-                    f"{wanted.get(name)}."
-                )
-        for name, layer in on.items():
-            if (layer.lora_rank, float(layer.lora_alpha)) != (rank, alpha):
-                raise ValueError(
-                    f"{path} has rank {rank} and alpha {alpha}; LoRA is on with rank {layer.lora_rank} and alpha "
-                    f"{layer.lora_alpha} in {name}. Load it into a model without LoRA."
-                )
-        here = [tuple(v.shape) for v in self._first_memory_weights()]
-        if here != [m.shape for m in memory]:
-            raise ValueError(f"{path} has first memories of shapes {[m.shape for m in memory]}; this model has {here}.")
+
+def backbone_of(model):
+    """The backbone of a language model, or `model` itself. No property: Keras' saving would walk it as a sublayer."""
+    return getattr(model, "backbone", model)
 
 
-class TaskLoRA:
-    """The same for a `TransformerFAMCausalLM`: all of it happens in the backbone."""
-
-    def enable_lora(self, rank: int, targets=("attention", "feed_forward"), *, alpha=None, train_memory: bool = True):
-        self.backbone.enable_lora(rank, targets, alpha=alpha, train_memory=train_memory)
-        refresh_torch_parameters(self)
-
-    def lora_layers(self):
-        return self.backbone.lora_layers()
-
-    def merge_lora(self):
-        self.backbone.merge_lora()
-        refresh_torch_parameters(self)
-
-    def save_lora_weights(self, path):
-        self.backbone.save_lora_weights(path)
-
-    def load_lora_weights(self, path):
-        self.backbone.load_lora_weights(path)
-        refresh_torch_parameters(self)
-
-    for _name in ("enable_lora", "lora_layers", "merge_lora", "save_lora_weights", "load_lora_weights"):
-        locals()[_name].__doc__ = getattr(LoRA, _name).__doc__
+def _candidates(backbone):
+    """Name and layer of every kernel that LoRA can update, such as `("block_3/query", layer)`."""
+    found = []
+    for i, block in enumerate(backbone.blocks):
+        attention = block.attention
+        layers = {
+            "query": attention.query, "key": attention.key, "value": attention.value,
+            "output": attention.output_projection, "gate": block.gate, "up": block.up, "down": block.down,
+        }  # fmt: skip
+        found += [(f"block_{i}/{name}", layer) for name, layer in layers.items() if layer is not None]
+    return found
 
 
-def refresh_torch_parameters(model):
-    """Under torch, every layer keeps a list of the parameters below it."""
-    for layer in model._flatten_layers():
-        if hasattr(layer, "_torch_params"):
-            layer._track_variables()
+def _first_memory_weights(backbone):
+    """The trainable first memory: the prompt, or each layer's rows."""
+    found = [backbone.memory_prompt] + [block.attention.initial_fam_rows for block in backbone.blocks]
+    return [v for v in found if v is not None]
 
 
-def _candidates(block):
-    """Name and layer of every kernel of a block that LoRA can update."""
-    attention = block.attention
-    found = {
-        "query": attention.query, "key": attention.key, "value": attention.value,
-        "output": attention.output_projection, "gate": block.gate, "up": block.up, "down": block.down,
-    }  # fmt: skip
-    return [(name, layer) for name, layer in found.items() if layer is not None]
+def _target_names(backbone, targets):
+    known = {*GROUPS, *ATTENTION, *FEED_FORWARD}
+    unknown = sorted(set(map(str, targets)) - known)
+    if unknown or not targets:
+        raise ValueError(f"`targets` must be one or more of {sorted(known)}; received {targets!r}.")
+    names = {name for target in targets for name in GROUPS.get(target, (target,))}
+    if names == {"gate"} and backbone.blocks[0].gated is False:
+        raise ValueError("The feed-forward part of this model has no gate; received targets=['gate'].")
+    return names
 
 
-def _remove(layer):
-    """Takes the factors out of a Keras layer."""
+def _remove_factors(layer):
+    """Removes the factors from a Keras layer."""
     for name in ("lora_kernel_a", "lora_kernel_b"):
         layer._untrack_variable(getattr(layer, name))
         super(keras.layers.Layer, layer).__delattr__(name)  # the layer's own collects garbage, every time
@@ -257,8 +197,58 @@ def _remove(layer):
     layer.lora_rank = layer.lora_alpha = None
 
 
-def _checked(path):
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _checked_path(path):
     path = pathlib.Path(path)
     if not path.name.endswith(".lora.h5"):
-        raise ValueError(f"The name of a LoRA file ends in `.lora.h5`; received {path.name!r}.")
+        raise ValueError(f"The name of a LoRA file must end in `.lora.h5`; received {path.name!r}.")
     return path
+
+
+def _read_file(path):
+    """`(rank, alpha, factors, memory)`: factors by layer name, each a dict of arrays `a` and `b`."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} was not written by `save_lora_weights` of this version: its format is "
+                    f"{file.attrs.get('format')!r}, expected {FORMAT!r}."
+                )
+            factors = {
+                f"{block}/{name}": {part: np.asarray(both[part]) for part in ("a", "b")}
+                for block, layers in file["lora"].items()
+                for name, both in layers.items()
+            }
+            memory = [np.asarray(file[f"memory/{i}"]) for i in range(len(file.get("memory", ())))]
+            return int(file.attrs["rank"]), float(file.attrs["alpha"]), factors, memory
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an HDF5 file: {error}") from error
+
+
+def _check_file(backbone, path, rank, alpha, factors, memory):
+    enabled = backbone.lora_layers()
+    shapes = {name: (tuple(both["a"].shape), tuple(both["b"].shape)) for name, both in factors.items()}
+    expected = {}
+    for name, layer in _candidates(backbone):
+        if name in (enabled or factors):
+            shape = tuple(layer.kernel.shape)  # of a packed int4 kernel, too
+            expected[name] = ((*shape[:-1], rank), (rank, shape[-1]))
+    for name in sorted({*shapes, *expected}):
+        if shapes.get(name) != expected.get(name):
+            raise ValueError(
+                f"{path} belongs to another model: its factors of {name} have the shapes {shapes.get(name)}, this "
+                f"model's {expected.get(name)}."
+            )
+    for name, layer in enabled.items():
+        if (layer.lora_rank, float(layer.lora_alpha)) != (rank, alpha):
+            raise ValueError(
+                f"{path} has rank {rank} and alpha {alpha}; LoRA is enabled with rank {layer.lora_rank} and alpha "
+                f"{layer.lora_alpha} in {name}. Load it into a model without LoRA."
+            )
+    here = [tuple(v.shape) for v in _first_memory_weights(backbone)]
+    if here != [m.shape for m in memory]:
+        raise ValueError(f"{path} has first memories of shapes {[m.shape for m in memory]}; this model has {here}.")

@@ -1,58 +1,82 @@
 """A model in a folder: settings in JSON, weights in HDF5, tokenizer as KerasHub saves it. Loads under any backend."""
 
+import contextlib
 import json
 import pathlib
 
 import keras
 
+from keras_fam.layers.quantization import quantize_sublayers, quantized_sublayers
+from keras_fam.models.lora import backbone_of
 from keras_fam.utils.atomic import replace_file
 
-FORMAT = "keras_fam.preset/1"
+FORMAT = "keras_fam.preset/2"
 CONFIG, WEIGHTS, PREPROCESSOR = "keras_fam.json", "model.weights.h5", "preprocessor.json"
+LORA = "adapter.lora.h5"
 
 
-def save_to_preset(model, folder):
-    """Saves the model to a folder; `from_preset(folder)` makes it again, under any backend.
+class PresetMixin:
+    """Saving to a folder, for a `TransformerFAMBackbone` and for a model that has one as its `backbone`."""
 
-    The folder holds `keras_fam.json`, `model.weights.h5` and, where the model has a preprocessor of KerasHub, what
-    KerasHub's own saver writes for it. LoRA updates are merged into the weights that are saved. A model quantized to
-    int8 is saved as it is.
+    def save_to_preset(self, folder):
+        """Saves the model to a folder; `from_preset(folder)` loads it under any backend.
 
-    Args:
-        folder: made if it is missing; a preset in it is replaced.
+        The folder holds `keras_fam.json`, `model.weights.h5` and, where the model has a preprocessor of KerasHub, what
+        KerasHub's own saver writes for it. LoRA updates are merged into the weights. A quantized model keeps its
+        kernels as they are; its LoRA updates, if any, are saved beside them and enabled again by `from_preset`,
+        because merging would round the kernels once more.
 
-    Raises:
-        ValueError: for a preprocessor that cannot be saved.
-    """
-    backbone, folder = getattr(model, "backbone", model), pathlib.Path(folder)
-    preprocessor = getattr(model, "preprocessor", None)
-    if preprocessor is not None and not hasattr(preprocessor, "save_to_preset"):
-        raise ValueError(
-            f"A preprocessor of KerasHub is saved beside the model; received {type(preprocessor).__name__}, which has "
-            "no `save_to_preset`. Set `model.preprocessor = None` and save it by yourself."
-        )
-    if not backbone.built:
-        backbone.build()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # it is written last: a folder without it is no preset
-    (folder / PREPROCESSOR).unlink(missing_ok=True)
-    backbone.save_weights(folder / WEIGHTS)
-    if preprocessor is not None:
-        preprocessor.save_to_preset(str(folder))
-    record = {
-        "format": FORMAT,
-        "backbone": keras.saving.serialize_keras_object(backbone),
-        "causal_lm": backbone is not model,
-        "quantized": quantization_of(backbone),
-        "keras": keras.__version__,
-    }
-    record["backbone"].pop("build_config", None)
-    with replace_file(folder / CONFIG) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+        Args:
+            folder: created if it does not exist; a preset in it is replaced.
+
+        Raises:
+            ValueError: for a preprocessor that cannot be saved.
+        """
+        backbone, folder = backbone_of(self), pathlib.Path(folder)
+        preprocessor = getattr(self, "preprocessor", None)
+        if preprocessor is not None and not hasattr(preprocessor, "save_to_preset"):
+            raise ValueError(
+                f"A preprocessor of KerasHub is saved beside the model; received {type(preprocessor).__name__}, which "
+                "has no `save_to_preset`. Set `model.preprocessor = None` and save it yourself."
+            )
+        if not backbone.built:
+            backbone.build()
+        adapted = [layer for layer in backbone.lora_layers().values() if layer.quantization_mode is not None]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG, PREPROCESSOR, LORA):  # the config is written last: a folder without it is no preset
+            (folder / name).unlink(missing_ok=True)
+        with _without_lora(adapted):
+            backbone.save_weights(folder / WEIGHTS)
+        if adapted:
+            backbone.save_lora_weights(folder / LORA)
+        if preprocessor is not None:
+            preprocessor.save_to_preset(str(folder))
+        record = {
+            "format": FORMAT,
+            "backbone": keras.saving.serialize_keras_object(backbone),
+            "causal_lm": backbone is not self,
+            "quantized": quantized_sublayers(backbone),
+            "keras": keras.__version__,
+        }
+        record["backbone"].pop("build_config", None)
+        with replace_file(folder / CONFIG) as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _without_lora(layers):
+    """Inside, Keras saves the kernels of these layers as they are, without their updates."""
+    for layer in layers:
+        layer.lora_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_enabled = True
 
 
 def load_backbone(folder, backbone_class, load_weights=True, **changes):
-    """`(backbone, folder, record)` of a preset folder.
+    """`(backbone, folder)` of a preset folder.
 
     Raises:
         ValueError: if the folder is no preset, or of another format, class or settings.
@@ -84,10 +108,11 @@ def load_backbone(folder, backbone_class, load_weights=True, **changes):
         raise ValueError(f"{folder} holds a {type(made).__name__}, not a {backbone_class.__name__}.")
     made.build()
     if load_weights:
-        if record["quantized"]:
-            made.quantize(record["quantized"])
+        quantize_sublayers(made, record["quantized"])
         made.load_weights(folder / WEIGHTS)
-    return made, folder, record
+        if (folder / LORA).is_file():
+            made.load_lora_weights(folder / LORA)
+    return made, folder
 
 
 def load_preprocessor(folder):
@@ -103,11 +128,3 @@ def load_preprocessor(folder):
     preprocessor = keras.saving.deserialize_keras_object(json.loads((folder / PREPROCESSOR).read_text()))
     preprocessor.load_preset_assets(str(folder))
     return preprocessor
-
-
-def quantization_of(model):
-    """The mode that a model's layers are quantized in, or None."""
-    modes = {layer.quantization_mode for layer in model._flatten_layers() if getattr(layer, "quantization_mode", None)}
-    if len(modes) > 1:
-        raise ValueError(f"All layers of a preset are quantized alike; received {sorted(modes)}.")
-    return modes.pop() if modes else None

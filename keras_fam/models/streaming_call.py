@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_fam.layers.quantization import QuantizedSublayersMixin
 from keras_fam.layers.recurrent import check_padding_mask
 from keras_fam.ops import ragged as row_ops
 from keras_fam.ops.backend import wait_for
@@ -10,7 +11,7 @@ from keras_fam.ops.token_ids import check_ids_of
 from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
-class StreamingModelMixin:
+class StreamingModelMixin(QuantizedSublayersMixin):
     """Calls, padding and checks of models that read token ids.
 
     A model provides `build`, `state_spec`, `get_initial_state`, `_starting_state`, `_keep_memory` and `_advance`.

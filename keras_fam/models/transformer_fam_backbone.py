@@ -15,11 +15,12 @@ from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.layers.validation import require_positive, require_whole
 from keras_fam.models.initial_state import make_initial_state
-from keras_fam.models.lora import LoRA
-from keras_fam.models.preset_io import load_backbone, save_to_preset
+from keras_fam.models.lora import LoRAMixin
+from keras_fam.models.preset_io import PresetMixin, load_backbone
 from keras_fam.models.scan_layers import SEEDS_PER_LAYER, remat_layer, scan_layers_once
 from keras_fam.models.scan_steps import scan_steps, step_blocks
 from keras_fam.models.streaming_call import StreamingModelMixin
+from keras_fam.models.token_inputs import TokenInputsMixin
 from keras_fam.ops.random import fold_in, next_seed
 from keras_fam.ops.token_ids import clip_token_ids
 from keras_fam.state import StreamState, advance_position, position_spec
@@ -47,7 +48,7 @@ def block_settings():
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMBackbone(LoRA, CheckedInputs, StreamingModelMixin, keras.Model):
+class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsMixin, StreamingModelMixin, keras.Model):
     """Token ids to hidden states, with one memory per layer (Alg. 2, App. B).
 
     Weights are made at the first call, or by `build()`.
@@ -206,8 +207,6 @@ class TransformerFAMBackbone(LoRA, CheckedInputs, StreamingModelMixin, keras.Mod
                 random_state_passing, num_layers, self.fam_length, dtype=self.dtype_policy, name="random_state_passing"
             )
         self.seed_generator = keras.random.SeedGenerator() if self._draws else None
-
-    save_to_preset = save_to_preset
 
     @classmethod
     def from_preset(cls, folder, *, load_weights=True, **changes):

@@ -3,16 +3,19 @@
 import keras
 
 from keras_fam.models.generation import GenerationMixin
-from keras_fam.models.lora import TaskLoRA
-from keras_fam.models.preset_io import load_backbone, load_preprocessor, save_to_preset
+from keras_fam.models.lora import LoRAMixin
+from keras_fam.models.preset_io import PresetMixin, load_backbone, load_preprocessor
 from keras_fam.models.streaming_call import StreamingModelMixin
 from keras_fam.models.text_inputs import TextTask
+from keras_fam.models.token_inputs import TokenInputsMixin
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.training.checked_inputs import CheckedInputs
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMCausalLM(GenerationMixin, TaskLoRA, TextTask, CheckedInputs, StreamingModelMixin, keras.Model):
+class TransformerFAMCausalLM(
+    GenerationMixin, LoRAMixin, PresetMixin, TextTask, CheckedInputs, TokenInputsMixin, StreamingModelMixin, keras.Model
+):
     """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
 
     `fit` takes token ids (or a dict of `"token_ids"` and `"padding_mask"`), the next tokens as targets, and loss
@@ -59,8 +62,6 @@ class TransformerFAMCausalLM(GenerationMixin, TaskLoRA, TextTask, CheckedInputs,
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    save_to_preset = save_to_preset
-
     @classmethod
     def from_preset(cls, folder, *, preprocessor="auto", load_weights=True, **changes):
         """The language model that `save_to_preset` put into a folder, under any backend.
@@ -75,7 +76,7 @@ class TransformerFAMCausalLM(GenerationMixin, TaskLoRA, TextTask, CheckedInputs,
             ValueError: if the folder is no preset of this package, or its weights do not fit the settings.
             ImportError: if its preprocessor needs KerasHub, and that is missing.
         """
-        backbone, folder, _ = load_backbone(folder, TransformerFAMBackbone, load_weights, **changes)
+        backbone, folder = load_backbone(folder, TransformerFAMBackbone, load_weights, **changes)
         if isinstance(preprocessor, str) and preprocessor == "auto":
             preprocessor = load_preprocessor(folder)
         lm = cls(backbone, preprocessor=preprocessor)

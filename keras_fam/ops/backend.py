@@ -215,3 +215,10 @@ def tf_dataset(generator, signature, number=None):
     if number is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(number))
     return dataset.prefetch(2)
+
+
+def refresh_torch_parameters(model):
+    """Lists a model's variables as torch parameters again, after variables were added, removed or replaced."""
+    for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()
