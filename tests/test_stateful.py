@@ -202,3 +202,21 @@ def test_state_is_not_trained_and_not_counted():
     trainable = sum(int(np.prod(w.shape)) for w in held.trainable_weights)
     assert trainable == plain.count_params()
     assert plain.non_trainable_weights == []
+
+
+def test_an_h5_file_holds_a_stateful_model(tmp_path):
+    model = model_of(stateful=True)
+    x = data(tokens=5)
+    model(x)
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5")
+    for ours, theirs in zip(model.layers[1:], loaded.layers[1:], strict=True):
+        names = [v.name for v in ours.variables]
+        assert len(ours._state_variables) == len({v.name for v in ours._state_variables}), names
+        states_close(theirs.state, ours.state, 0)  # this format holds the state, too
+    close(loaded(x), model(x), 1e-6)
+
+
+def test_what_wraps_a_layer_in_two_directions_is_refused():
+    with pytest.raises(ValueError, match=r"forwards only, so `keras.layers.Bidirectional` cannot wrap it"):
+        keras.layers.Bidirectional(TransformerFAMBlock(**SMALL))

@@ -364,3 +364,35 @@ def test_a_preprocessor_without_a_saver_is_refused(tmp_path):
     with pytest.raises(ValueError, match="received builtin_function_or_method"):
         lm.save_to_preset(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+# What Keras has to know about the input ------------------------------------------------------------------------------
+
+
+def test_a_built_model_knows_its_input(tmp_path, monkeypatch):
+    lm = model(num_layers=1)
+    lines = []
+    lm.summary(print_fn=lines.append)
+    assert "(None, None, 16)" in "\n".join(lines), "the backbone's output shape"
+    lm.save_to_preset(tmp_path / "preset")
+    loaded = keras_fam.TransformerFAMCausalLM.from_preset(tmp_path / "preset")
+    given = []
+    monkeypatch.setattr(keras.Model, "export", lambda self, *args, **kwargs: given.append(kwargs["input_signature"]))
+    for each in (loaded, loaded.backbone):
+        each.export(tmp_path / "x")
+    loaded.export(tmp_path / "x", input_signature=["mine"])
+    assert [(spec.shape, spec.dtype) for (spec,) in given[:2]] == 2 * [((None, None), "int32")]
+    assert given[2] == ["mine"]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras writes SavedModels by TensorFlow")
+def test_tensorflow_exports_a_model_and_one_around_it(tmp_path):
+    import tensorflow as tf
+
+    lm = model(num_layers=1)
+    inputs = keras.Input((None,), dtype="int32")
+    for i, each in enumerate((lm, keras.Model(inputs, lm(inputs)))):
+        each.export(tmp_path / str(i), verbose=False)
+        found = tf.saved_model.load(tmp_path / str(i))
+        for x in (tokens(), tokens(9, rows=3)):
+            close(found.serve(x), logits(lm, x), 1e-6)

@@ -82,7 +82,8 @@ def state_variables(spec, add_weight=None):
 
     def make(field, spec):
         layout = state_layout(field, spec.shape)
-        options = {"shape": spec.shape, "dtype": spec.dtype, "trainable": False, "autocast": False, "name": "state"}
+        name = f"state_{len(variables)}_{field}"  # `.h5` files need names that differ
+        options = {"shape": spec.shape, "dtype": spec.dtype, "trainable": False, "autocast": False, "name": name}
         if layout is not None:
             options["layout"] = layout
         variables.append(

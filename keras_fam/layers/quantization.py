@@ -60,13 +60,13 @@ def require_exact_kernels(layer):
             )
 
 
-def require_no_float8(layer):
-    """Raises ValueError if a sublayer is quantized to float8, whose training Keras does for one use a step only.
+def check_training(layer, training):
+    """Raises ValueError for training with sublayers in float8, which Keras trains with one use a step only.
 
     Scales and histories of float8 are replaced by their gradients. Here a kernel acts on tokens and on the memory rows
     of every block, so its gradients are a sum over several uses, and the scale would grow with every step.
     """
-    if any(getattr(part, "quantization_mode", None) == "float8" for part in leaves(layer).values()):
+    if training and any(getattr(part, "quantization_mode", None) == "float8" for part in leaves(layer).values()):
         raise ValueError(
             f"{layer.name} is quantized to float8 and cannot be trained: its kernels act several times in a step (on "
             "tokens and on the memory rows of every block), and Keras would add up the scales of all uses. Train it "

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_fam.distribution.state_sharding import state_variables
-from keras_fam.layers.quantization import QuantizedSublayersMixin, require_exact_kernels
+from keras_fam.layers.quantization import QuantizedSublayersMixin, check_training, require_exact_kernels
 from keras_fam.ops import ragged as row_ops
 from keras_fam.ops.backend import wait_for
 from keras_fam.state import check_finite, check_structure, map_specs, where_rows
@@ -25,6 +25,15 @@ class StreamingLayer(QuantizedSublayersMixin, keras.layers.Layer):
         self.supports_masking = True
         self._state_variables = None
         self._needs_reset = None
+
+    @classmethod
+    def from_config(cls, config):
+        if "go_backwards" in config:  # `keras.layers.Bidirectional` asks for it
+            raise ValueError(
+                f"{cls.__name__} reads a stream forwards only, so `keras.layers.Bidirectional` cannot wrap it. Use two "
+                "layers, the second on `keras.ops.flip(x, axis=1)`, and add or concatenate their outputs."
+            )
+        return super().from_config(config)
 
     # What a subclass provides -----------------------------------------------------------------------------------
 
@@ -59,6 +68,7 @@ class StreamingLayer(QuantizedSublayersMixin, keras.layers.Layer):
         """
         padding_mask = mask if padding_mask is None else padding_mask
         self._check_input(x)
+        check_training(self, training)
         x = ops.cast(x, self.compute_dtype)
         lengths = None
         if padding_mask is not None:
@@ -102,6 +112,7 @@ class StreamingLayer(QuantizedSublayersMixin, keras.layers.Layer):
             ValueError: as `call`.
         """
         self._check_input(x)
+        check_training(self, training)
         check_structure(state, self.state_spec(x.shape[0]), self.name)
         x = ops.cast(x, self.compute_dtype)
         if reset is not None:

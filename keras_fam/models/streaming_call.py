@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_fam.layers.quantization import QuantizedSublayersMixin
+from keras_fam.layers.quantization import QuantizedSublayersMixin, check_training
 from keras_fam.layers.recurrent import check_padding_mask
 from keras_fam.ops import ragged as row_ops
 from keras_fam.ops.backend import wait_for
@@ -35,6 +35,7 @@ class StreamingModelMixin(QuantizedSublayersMixin):
         """
         token_ids, padding_mask = self._unpack(inputs, padding_mask)
         check_ids_of(self, token_ids, padding_mask=padding_mask)
+        check_training(self, training)
         batch_size = ops.shape(token_ids)[0]
         lengths = None
         if padding_mask is not None:
@@ -83,6 +84,7 @@ class StreamingModelMixin(QuantizedSublayersMixin):
         """
         token_ids, _ = self._unpack(token_ids, None)
         check_ids_of(self, token_ids, lengths)
+        check_training(self, training)
         if not self.built:
             self.build()
         check_structure(state, self.state_spec(token_ids.shape[0]), self.name)
