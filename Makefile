@@ -8,12 +8,15 @@ BACKEND ?= jax
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 RUN = $(VENV)/bin/python -m
+SHELL := bash
+# TensorFlow logs a few lines to stderr when it is imported, whatever TF_CPP_MIN_LOG_LEVEL says.
+QUIET = 2> >(grep --line-buffered -vE '^(WARNING: All log messages before absl|[IW]0000 )' >&2)
 
 .PHONY: demo test lint benchmark peers distributed tpu gpu smollm2 smollm2-lora clean
 
-# Trains FAM and BSWA on PassKey and streams long texts. BACKEND=torch or tensorflow for another backend.
+# Trains FAM and BSWA on PassKey and streams long texts. `make demo BACKEND=torch` for another backend.
 demo: $(VENV)/.$(BACKEND)
-	KERAS_BACKEND=$(BACKEND) $(RUN) examples.passkey.demo $(ARGS)
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.passkey.demo $(ARGS) $(QUIET)
 
 # Lint, then every test once per backend, in one pytest command.
 # JAX compiles thousands of tiny programs here: without LLVM's optimization that takes half the time, and without XLA's
@@ -23,7 +26,7 @@ test: lint
 	$(VENV)/bin/python -m pytest -q --durations=10 --dist=each \
 	--tx 'popen//env:KERAS_BACKEND=jax//id=jax' \
 	--tx 'popen//env:KERAS_BACKEND=torch//id=torch' \
-	--tx 'popen//env:KERAS_BACKEND=tensorflow//id=tensorflow' $(ARGS)
+	--tx 'popen//env:KERAS_BACKEND=tensorflow//id=tensorflow' $(ARGS) $(QUIET)
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .

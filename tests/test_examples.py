@@ -74,3 +74,15 @@ def test_commands_name_modules_that_exist():
     assert len(commands) > 40
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in SCRIPTS}
     assert not [f"{name(page)}: {found}" for page, found in commands if found.rstrip(".") not in modules]
+
+
+def test_the_index_lists_every_script():
+    """With links that lead somewhere."""
+    folder = ROOT / "examples"
+    index = (folder / "README.md").read_text()
+    for path in SCRIPTS:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path != folder / "passkey" / "__main__.py":  # the demo, which is listed by its own name
+            assert f"python -m {module.removesuffix('.__main__')}" in index, module
+    for link in re.findall(r"\]\(([^)#]+)\)", index):
+        assert (folder / link).exists(), link
