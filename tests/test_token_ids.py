@@ -40,6 +40,7 @@ def test_every_entry_refuses_ids_that_can_be_read(lm, wrong):
         "generate_stream": lambda: stream.generate_stream(bad, max_new_tokens=2),
         "stream.fit": lambda: stream.fit(bad, GOOD, verbose=0),
         "stream.fit, validation": lambda: stream.fit(GOOD, GOOD, validation_data=(bad, GOOD), verbose=0),
+        "stream.fit, list": lambda: stream.fit([(GOOD, GOOD), (bad.tolist(), GOOD)], verbose=0),
         "stream.evaluate": lambda: stream.evaluate(bad, GOOD, verbose=0),
         "stream.train_on_batch": lambda: stream.train_on_batch({"token_ids": bad, "lengths": np.array([4, 3])}, GOOD),
         "call": lambda: lm(narrow),
@@ -68,6 +69,17 @@ def test_every_entry_refuses_ids_that_can_be_read(lm, wrong):
         np.testing.assert_array_equal(a, b)
     for weight, value in zip(lm.weights, weights, strict=True):
         np.testing.assert_array_equal(support.numpy(weight), value)
+
+
+def test_iterators_are_checked_as_they_are_read(lm):
+    """On TensorFlow, Keras reads them in a pipeline, whose errors are its own."""
+    stream = keras_fam.StreamingModel(lm, 2)
+    stream.predict(GOOD)
+    before = held(stream)
+    with pytest.raises(Exception, match="Token ids must be from 0"):
+        stream.fit(iter([(GOOD, GOOD), (np.where(GOOD == 1, V, GOOD), GOOD)]), verbose=0)
+    for a, b in zip(held(stream), before, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_ended_rows_are_not_read_as_a_token(lm):
