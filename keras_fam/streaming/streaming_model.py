@@ -64,7 +64,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
     Reading and generating, call after call:
 
     ```python
-    backbone = keras_fam.TransformerFAMBackbone(100, 2, 32, 4, 64, block_size=8, fam_length=4)
+    backbone = keras_fam.TransformerFAMBackbone(100, 1, 32, 4, 64, block_size=8, fam_length=4)
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     stream = keras_fam.StreamingModel(lm, batch_size=2)
     logits = stream.predict(np.ones((2, 50), "int32"))     # [2, 50, 100]; the next call goes on from there
