@@ -1,10 +1,11 @@
 """TransformerFAM for Keras 3: feedback attention as working memory (arXiv 2404.09173), on three backends."""
 
-from keras_fam import data, hub, tasks, training
+from keras_fam import baselines, data, hub, tasks, training
 from keras_fam.distribution.layout_map import layout_map
 from keras_fam.evaluation import MemoryMonitor, StreamScorer, ablate_memory, evaluate, memory_statistics
 from keras_fam.export import export_serving, export_step
 from keras_fam.layers.feedback_attention import FeedbackAttention
+from keras_fam.layers.memory_update import Binary, MemoryUpdate, Normalized, Residual
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.models.configs import model_config
@@ -14,18 +15,17 @@ from keras_fam.state import LayerState, StreamPosition, StreamState
 from keras_fam.streaming import samplers
 from keras_fam.streaming.streaming_model import StreamingModel
 from keras_fam.testing import check_streaming
-from keras_fam.training.noise import NoiseRamp, NoiseScale
-from keras_fam.training.schedules import Ramp
 
 __version__ = "0.1.0"
 __all__ = [
+    "Binary",
     "FeedbackAttention",
     "LayerState",
     "MemoryMonitor",
-    "NoiseRamp",
-    "NoiseScale",
-    "Ramp",
+    "MemoryUpdate",
+    "Normalized",
     "RandomStatePassing",
+    "Residual",
     "StreamPosition",
     "StreamScorer",
     "StreamState",
@@ -34,6 +34,7 @@ __all__ = [
     "TransformerFAMBlock",
     "TransformerFAMCausalLM",
     "ablate_memory",
+    "baselines",
     "check_streaming",
     "data",
     "evaluate",

@@ -3,10 +3,10 @@
 Axes: B batch rows, S tokens in a block, m memory segments, F memory rows, P visible memories,
 K key/value heads, H head width, D model width (see the glossary in the README).
 
-The state has one size for ever. Slot `s` of a layer's key and value buffers belongs to one place: the first m·S
+The state has a constant size. Slot `s` of a layer's key and value buffers belongs to one place: the first m·S
 slots are the m previous blocks, oldest first, and the last S slots are the block being filled. Keys are stored
 rotated by their place *inside their own block*, so a stored key is never touched again and no absolute position
-exists; which slots are filled follows from the position alone.
+exists; which slots are filled follows from the stream's position alone.
 """
 
 from typing import Any, NamedTuple
@@ -19,21 +19,19 @@ from keras_fam.ops.backend import is_eager
 
 
 class StreamPosition(NamedTuple):
-    """Where each row stands. One position serves all layers of a model.
+    """The position of each row in its stream. One `StreamPosition` serves all layers of a model.
 
     Attributes:
         offset: int32 `[B]`, tokens in the unfinished block, 0 … S−1.
-        block_index: int32 `[B]`, blocks completed since the row's start.
-        fresh: bool `[B]`, True until the row's memory was written or handed over: the first update has no residual.
+        block_index: int32 `[B]`, blocks completed since the row was reset.
+        fresh: bool `[B]`, True until the row's memory is first written or passed on: the first update has no residual.
         visible_memories: int32 `[B]`, how many memories may be read, 0 … P.
-        position_offset: float32 `[B]`, Random Position Offset (App. B.2.2), 0 outside training.
     """
 
     offset: Any
     block_index: Any
     fresh: Any
     visible_memories: Any
-    position_offset: Any
 
 
 class LayerState(NamedTuple):
@@ -45,10 +43,6 @@ class LayerState(NamedTuple):
         fam: float32 `[B, F, D]`, the memory F_τ of the last completed block (or F_0).
         fam_key: `[B, P·F, K, H]`, keys of the visible memories, newest first, rotated for the block being filled.
         fam_value: `[B, P·F, K, H]`, their values.
-        static_fam: float32 `[B, F, D]`, only for `fam_query="static"`: the rows whose query compresses every block.
-        output_key: `[B, S, K, H]`, only for `segment_source="outputs"`: keys of the outputs in the unfinished block.
-            `key` then holds keys of outputs in its first m·S slots.
-        output_value: `[B, S, K, H]`, their values.
     """
 
     key: Any
@@ -56,9 +50,6 @@ class LayerState(NamedTuple):
     fam: Any = ()
     fam_key: Any = ()
     fam_value: Any = ()
-    static_fam: Any = ()
-    output_key: Any = ()
-    output_value: Any = ()
 
 
 class StreamState(NamedTuple):
@@ -99,43 +90,34 @@ def position_spec(batch_size):
         Spec((batch_size,), "int32"),
         Spec((batch_size,), "bool"),
         Spec((batch_size,), "int32"),
-        Spec((batch_size,), "float32"),
     )
 
 
 def initial_position(batch_size, visible_memories):
-    """The position of rows that start anew; `visible_memories` is 1 if there is an F_0 to read, else 0."""
+    """The position of rows before their first token; `visible_memories` is 1 if there is an F_0 to read, else 0."""
     return StreamPosition(
         offset=ops.zeros((batch_size,), "int32"),
         block_index=ops.zeros((batch_size,), "int32"),
         fresh=ops.ones((batch_size,), "bool"),
         visible_memories=ops.full((batch_size,), visible_memories, "int32"),
-        position_offset=ops.zeros((batch_size,), "float32"),
     )
 
 
-def advance_position(position, lengths, block_size, max_visible_memories):
-    """The position after `lengths` more tokens.
+def advance_position(position, chunk, max_visible_memories):
+    """The position after the tokens of a chunk.
 
     Args:
         position: `StreamPosition`.
-        lengths: int or int32 `[B]`, how many tokens each row takes in.
-        block_size: S.
-        max_visible_memories: P, or 0 where there is no memory.
-
-    Returns:
-        `(position, completed)`; `completed` is int32 `[B]`, the blocks that were filled.
+        chunk: `keras_fam.layers.chunk.Chunk`.
+        max_visible_memories: P, or 0 without memory.
     """
-    total = position.offset + lengths
-    completed = ops.floor_divide(total, block_size)
-    position = StreamPosition(
-        offset=total - completed * block_size,
+    completed = chunk.completed
+    return StreamPosition(
+        offset=position.offset + chunk.taken - completed * chunk.block_size,
         block_index=position.block_index + completed,
         fresh=ops.logical_and(position.fresh, completed == 0),
         visible_memories=ops.minimum(position.visible_memories + completed, max_visible_memories),
-        position_offset=ops.broadcast_to(position.position_offset, ops.shape(total)),
     )
-    return position, completed
 
 
 def where_rows(mask, new, old):
@@ -148,7 +130,7 @@ def where_rows(mask, new, old):
 
 
 def broadcast_position(position, batch_size):
-    """The position of one row, repeated for `batch_size` rows; a position that has its rows already stays as it is."""
+    """The position of one row, repeated for `batch_size` rows; one of `batch_size` rows is returned as it is."""
     if position.offset.shape[0] != 1:
         return position
     return StreamPosition(*(ops.broadcast_to(field, (batch_size,)) for field in position))

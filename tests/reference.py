@@ -26,9 +26,9 @@ DEFAULTS = {
     "attention_window": None,  # None: breathing BSWA; w: a token sees at most the last w tokens, itself included
     "num_visible_memories": 1,  # P (Table 6)
     "fam_query": "feedback",  # "static": SUM FAM (App. C.3)
-    "fam_position": "last",  # "last" | "float" | "zero" (App. B.2)
+    "fam_position": "last",  # "last" | "float" (App. B.2)
     "fam_query_position": "previous",  # "previous" | "current"
-    "fam_feedback": "residual",  # "residual" | "normalized" | "binary"
+    "memory_update": "residual",  # "residual" | "normalized" | "binary"
     "initial_fam": "prompt",  # "prompt" | "summary" | "prefix" (App. B.1)
     "stop_memory_gradient": False,  # has no effect on values; see `frozen` of `layer`
     "activation": "silu",
@@ -38,7 +38,7 @@ DEFAULTS = {
     "use_attention_bias": False,
     "use_output_bias": False,
     "use_feedforward_bias": False,
-    "use_query_key_norm": False,
+    "query_key_norm": None,  # "rms_norm"
     "query_key_norm_epsilon": None,  # None: norm_epsilon
     "use_post_norm": False,
     "attention_scale": None,  # None: H ** -0.5
@@ -69,7 +69,7 @@ def random_weights(cfg, hidden_dim, rng, scale=0.3):
         shapes |= {"output_bias": (d,)}
     if cfg["use_feedforward_bias"]:
         shapes |= ({"gate_bias": (m,)} if cfg["gated"] else {}) | {"up_bias": (m,), "down_bias": (d,)}
-    if cfg["use_query_key_norm"]:
+    if cfg["query_key_norm"]:
         shapes |= {"query_norm_scale": (h,), "key_norm_scale": (h,)}
     for name in ("attention", "feedforward", "post_attention", "post_feedforward"):
         if cfg["use_post_norm"] or not name.startswith("post"):
@@ -178,7 +178,7 @@ def project_key_value(x, positions, weights, cfg):
 
 def query_key_norm(x, weights, cfg, name):
     """RMS norm over H of queries or keys x [R, heads, H], where the settings ask for it; comes before RoPE."""
-    if not cfg["use_query_key_norm"]:
+    if not cfg["query_key_norm"]:
         return x
     return rms_norm(x, weights[name], cfg["query_key_norm_epsilon"] or cfg["norm_epsilon"])
 
@@ -230,8 +230,6 @@ class Row:
 def fam_positions(block, cfg, position_offset=0.0):
     """Positions [F] of the memory that compressed `block`; -1 is "before the first block" (App. B.2)."""
     s, f, i = cfg["block_size"], cfg["fam_length"], np.arange(cfg["fam_length"])
-    if cfg["fam_position"] == "zero":
-        return np.zeros(f)
     within = {"last": s - f + i, "float": (i + 1) * s / f - 1}[cfg["fam_position"]]
     return block * s + within + position_offset
 
@@ -282,9 +280,9 @@ def write_memory(row, rider, weights, cfg, position_offset):
     no_residual = row.fresh and row.memories  # riders keep theirs: they are the stream of the layer below
     residual = np.zeros_like(asking) if no_residual else asking  # "FAM copy"
     fam = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
-    if cfg["fam_feedback"] == "binary":
+    if cfg["memory_update"] == "binary":
         return np.where(fam >= 0, 1.0, -1.0)
-    return rms_norm(fam, 1.0, 1e-6) if cfg["fam_feedback"] == "normalized" else fam
+    return rms_norm(fam, 1.0, 1e-6) if cfg["memory_update"] == "normalized" else fam
 
 
 def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0, fresh=True, static=None, frozen=None):

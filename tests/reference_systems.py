@@ -83,7 +83,7 @@ def rmt_model(tokens, weights, cfgs):
         hidden[places] = rows
         if len(places) == s:  # a block that is not complete writes nothing
             memory = write
-            if cfgs[0]["fam_feedback"] == "normalized":
+            if cfgs[0]["memory_update"] == "normalized":
                 memory = reference.rms_norm(memory, 1.0, 1e-6)
     head = weights["head_kernel"] if "head_kernel" in weights else weights["embedding"].T
     return norm(hidden, weights, cfgs[-1], "final_norm") @ head, memory

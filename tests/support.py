@@ -48,13 +48,12 @@ VARIANTS = {
     "summary_current": {"initial_fam": "summary", "fam_query_position": "current"},
     "float": {"fam_position": "float"},
     "float_current": {"fam_position": "float", "fam_query_position": "current"},
-    "zero": {"fam_position": "zero"},
-    "zero_static": {"fam_position": "zero", "fam_query": "static", "num_visible_memories": 2},
+    "static_memories_2": {"fam_query": "static", "num_visible_memories": 2},
     "current": {"fam_query_position": "current"},
-    "normalized": {"fam_feedback": "normalized"},
-    "binary": {"fam_feedback": "binary"},
+    "normalized": {"memory_update": "normalized"},
+    "binary": {"memory_update": "binary"},
     "softcap": {"attention_softcap": 2.0, "attention_scale": 0.7},
-    "query_key_norm": {"use_query_key_norm": True, "query_key_norm_epsilon": 1e-5},
+    "query_key_norm": {"query_key_norm": "rms_norm", "query_key_norm_epsilon": 1e-5},
     "post_norm": {"use_post_norm": True},
     "layer_norm_biases": {"norm": "layer_norm", "use_attention_bias": True, "use_output_bias": True,
                           "use_feedforward_bias": True, "gated": False},
@@ -96,17 +95,20 @@ def make(variant=None, dtype="float32", seed=0, hidden_dim=HIDDEN_DIM, **setting
     weights = reference.random_weights(cfg, hidden_dim, rng)
     weights.pop("initial_fam", None)
     fam0 = rng.normal(size=(cfg["fam_length"], hidden_dim)) if cfg["fam_length"] else None
-    block = keras_fam.TransformerFAMBlock(**settings, dtype=dtype)
+    static = settings.pop("fam_query", None) == "static"
+    block_class = keras_fam.baselines.SummaryFAMBlock if static else keras_fam.TransformerFAMBlock
+    block = block_class(**settings, dtype=dtype)
     block.build((None, None, hidden_dim))
     set_weights(block, weights, fam0)
     return block, weights, cfg, fam0
 
 
-def tiny(num_layers=1, seed=0, **changes):
+def tiny(num_layers=1, seed=0, backbone_class=None, **changes):
     """A small language model (blocks of 4 tokens) with embeddings large enough that memories differ."""
+    backbone_class = backbone_class or keras_fam.TransformerFAMBackbone
     keras.utils.set_random_seed(seed)
     settings = {"block_size": 4, "memory_segments": 1, "fam_length": 3, **changes}
-    backbone = keras_fam.TransformerFAMBackbone(TINY_VOCABULARY, num_layers, 8, 2, 12, **settings)
+    backbone = backbone_class(TINY_VOCABULARY, num_layers, 8, 2, 12, **settings)
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.build()
     table = np.random.default_rng(seed).normal(size=(TINY_VOCABULARY, 8))

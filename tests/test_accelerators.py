@@ -113,7 +113,7 @@ def test_gpu_report_at_small_sizes(monkeypatch, task, system):
     args = argparse.Namespace(
         small=True, system=system, task=task, rows=1, blocks_per_step=2, train_blocks=2, repeats=1, seconds=1.0
     )
-    args.fam_feedback = "residual"
+    args.memory_update = "residual"
     results = list(gpu.measure(args, [32, 64]))
     assert [result["length"] for result in results] == [32, 64]
     for result in results:

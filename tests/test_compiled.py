@@ -21,7 +21,7 @@ TORCH = pytest.mark.skipif(
 def model(num_layers=2, **settings):
     keras.utils.set_random_seed(0)
     backbone = keras_fam.TransformerFAMBackbone(
-        11, num_layers, 8, 2, 16, block_size=4, memory_segments=1, fam_length=2, fam_feedback="normalized", **settings
+        11, num_layers, 8, 2, 16, block_size=4, memory_segments=1, fam_length=2, memory_update="normalized", **settings
     )
     return keras_fam.TransformerFAMCausalLM(backbone)
 
@@ -66,7 +66,13 @@ def test_streaming_step_compiles_as_one_graph():
 
 
 def test_layers_as_a_loop_change_nothing():
-    settings = {"initial_fam": "summary", "dropout": 0.2, "fam_noise": 0.1, "blocks_per_step": 1, "remat": True}
+    settings = {
+        "initial_fam": "summary",
+        "dropout": 0.2,
+        "memory_update": keras_fam.Residual(noise=0.1),
+        "blocks_per_step": 1,
+        "remat": True,
+    }
     expected, outputs = losses(BACKEND == "jax", **settings)
     found, same = losses(BACKEND == "jax", scan_layers=True, **settings)
     np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=BACKEND)
@@ -87,8 +93,6 @@ def test_layers_as_a_loop_hand_on_the_same_state():
 def test_layers_as_a_loop_are_equal():
     with pytest.raises(ValueError, match="equal"):
         model(scan_layers=True, layer_settings=[{}, {"memory_segments": 0}])
-    with pytest.raises(ValueError, match="hands the top layer's memory"):
-        model(scan_layers=True, fam_recurrence="stack")
 
 
 def test_streams_that_often_start_anew():

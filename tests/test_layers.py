@@ -59,7 +59,7 @@ def test_config_holds_every_setting(variant):
 @pytest.mark.parametrize("kind", [TransformerFAMBlock, FeedbackAttention])
 def test_config_mirrors_the_signature(kind):
     settings = SMALL if kind is TransformerFAMBlock else ATTENTION_ONLY
-    parameters = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs", "attention"}
+    parameters = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
     parameters |= set(inspect.signature(FeedbackAttention.__init__).parameters) - {"self", "kwargs"}
     assert parameters <= set(kind(**settings).get_config())
 
@@ -68,8 +68,8 @@ def test_config_mirrors_the_signature(kind):
     "layer",
     [
         lambda: block(norm="layer_norm", use_attention_bias=True, use_output_bias=True, use_feedforward_bias=True),
-        lambda: block(initial_fam="summary", fam_query="static", use_query_key_norm=True, gated=False),
-        lambda: attention(num_visible_memories=2, fam_feedback="normalized"),
+        lambda: block(initial_fam="summary", query_key_norm="rms_norm", gated=False),
+        lambda: attention(num_visible_memories=2, memory_update="normalized"),
     ],
 )
 def test_config_round_trip_gives_equal_outputs(layer):
@@ -120,7 +120,7 @@ def test_shapes_without_values():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow compiles without knowing sizes")
-@pytest.mark.parametrize("variant", ["fam", "bswa_m2", "summary_memories_3", "zero_static", "fam_window"])
+@pytest.mark.parametrize("variant", ["fam", "bswa_m2", "summary_memories_3", "static_memories_2", "fam_window"])
 def test_unknown_batch_and_time(variant):
     import tensorflow as tf
 

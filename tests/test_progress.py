@@ -74,7 +74,7 @@ def continued(seen, expected, first):
 def test_a_stream_resumes_at_any_batch(tmp_path):
     """Weights and their averages, optimizer, carried state, seeds of dropout and noise, running metrics, the place in
     the documents, and the stage of a curriculum."""
-    settings, path = {"dropout": 0.2, "fam_noise": 0.1}, tmp_path / "new" / "progress.safetensors"
+    settings, path = {"dropout": 0.2, "memory_update": keras_fam.Residual(noise=0.1)}, tmp_path / "new" / "progress.safetensors"
 
     def run(path, seed, stop=None):
         rows, optimizer = make_rows(longest=3 * S), keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9)
@@ -111,7 +111,7 @@ def test_a_model_resumes_with_its_schedule(tmp_path):
     path = tmp_path / "progress.safetensors"
 
     def run(path, seed, stop=None):
-        lm = make_lm(seed, random_state_passing=keras_fam.Ramp(1.0, delay=3, ramp=4))
+        lm = make_lm(seed, random_state_passing=keras_fam.training.Ramp(1.0, delay=3, ramp=4))
         optimizer = keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2, use_ema=True, ema_momentum=0.9)
         lm.compile(keras.optimizers.LossScaleOptimizer(optimizer, dynamic_growth_steps=3), **QUICK)
         task = AssociativeRecall(num_pairs=2, symbols=V - 4)
@@ -229,18 +229,18 @@ def test_growing_batches_in_fit():
 
 
 def test_ramp():
-    ramp = keras_fam.Ramp(0.8, delay=3, ramp=4)
+    ramp = keras_fam.training.Ramp(0.8, delay=3, ramp=4)
     rates = [float(numpy(ramp(ops.convert_to_tensor(i)))) for i in range(12)]
     np.testing.assert_allclose(rates, [0, 0, 0, 0.16, 0.32, 0.48, 0.64] + [0.8] * 5, rtol=1e-6)
-    jump = keras_fam.Ramp(1.0, delay=2)
+    jump = keras_fam.training.Ramp(1.0, delay=2)
     assert [float(numpy(jump(ops.convert_to_tensor(i)))) for i in range(4)] == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="`delay`"):
-        keras_fam.Ramp(0.5, delay=-1)
+        keras_fam.training.Ramp(0.5, delay=-1)
 
 
 def test_passing_sets_in_with_the_schedule():
     """In compiled steps: the learned memory gets gradients until every row starts from the one that is passed on."""
-    lm = make_lm(random_state_passing=keras_fam.Ramp(1.0, delay=2))
+    lm = make_lm(random_state_passing=keras_fam.training.Ramp(1.0, delay=2))
     lm.compile(keras.optimizers.SGD(1e-1))
     tokens = np.random.default_rng(0).integers(1, V, (B, 3 * S))
     moved = []

@@ -17,7 +17,7 @@ VARIANT_SETTINGS = st.fixed_dictionaries(
         "fam_length": st.sampled_from([0, 1, 2]),
         "num_visible_memories": st.sampled_from([1, 2]),
         "initial_fam": st.sampled_from(["prompt", "prefix", "summary"]),
-        "fam_feedback": st.sampled_from(["residual", "normalized"]),
+        "memory_update": st.sampled_from(["residual", "normalized"]),
         "fam_query": st.sampled_from(["feedback", "static"]),
         "fam_query_position": st.sampled_from(["previous", "current"]),
     }

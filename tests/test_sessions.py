@@ -117,7 +117,7 @@ def test_every_shape_of_state_comes_back_bit_for_bit(tmp_path):
         check_finite(again, variant)
 
 
-@pytest.mark.parametrize("case", ["bswa_m0", "zero_static", "bfloat16"])
+@pytest.mark.parametrize("case", ["bswa_m0", "static_memories_2", "bfloat16"])
 def test_continuing_is_never_having_stopped(case, tmp_path):
     path = tmp_path / "session.safetensors"
     model = support.make("fam", dtype=case)[0] if case == "bfloat16" else support.make(case)[0]
@@ -448,7 +448,7 @@ def test_states_that_no_stream_can_have(saved):
         ({"num_key_value_heads": 4}, r"`layers\[0\].key`"),
         ({"dtype": "mixed_bfloat16"}, r"`layers\[0\].key`.*bfloat16"),
         ({"num_visible_memories": 2}, r"`layers\[0\].fam_key`"),
-        ({"fam_feedback": "normalized"}, "`fam_feedback`.*normalized.*residual"),
+        ({"memory_update": "normalized"}, "`fam_feedback`.*normalized.*residual"),
         ({"rope_wavelength": 5e5}, "`rope_wavelength`"),
         ({"layer_settings": [{}, {"rope_wavelength": 5e5}]}, r"`layers\[1\].rope_wavelength`"),
         ({"logit_softcap": 3.0}, "`logit_softcap`"),

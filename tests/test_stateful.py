@@ -45,7 +45,7 @@ def test_calls_go_on():
 
 @pytest.mark.parametrize("initial_fam", ["prompt", "summary"])
 def test_attention_alone_goes_on(initial_fam):
-    settings = {**SMALL, "initial_fam": initial_fam, "fam_query": "static"}
+    settings = {**SMALL, "initial_fam": initial_fam}
     del settings["intermediate_dim"]
     plain, held = FeedbackAttention(**settings), FeedbackAttention(**settings, stateful=True)
     for layer in (plain, held):

@@ -67,8 +67,8 @@ def times_computed(lm):
     """How often a layer of a model is computed for the gradients: once if all that it does is kept."""
     calls, blocks = [], lm.backbone.blocks
     for block in blocks:
-        plain = block.advance_layer
-        block.advance_layer = lambda *args, plain=plain, **options: calls.append(plain) or plain(*args, **options)
+        plain = block.forward_chunk
+        block.forward_chunk = lambda *args, plain=plain, **options: calls.append(plain) or plain(*args, **options)
     if keras.backend.backend() != "jax":
         gradients_of(lm, whole)
         return len(calls) / len(blocks)

@@ -16,6 +16,8 @@ from test_model import TOKENS, D, V
 from test_model import make as make_model
 
 import keras_fam
+from keras_fam.baselines import FeedbackMemoryBlock, RMTBackbone, SummaryFAMBackbone
+from keras_fam.baselines.rmt import RMTBlock
 from keras_fam.ops.backend import compiled
 
 TORCH = keras.backend.backend() == "torch"
@@ -25,7 +27,7 @@ FM = {
     "fm_with_memory": {},
     "fm_with_two_memories": {"num_visible_memories": 2, "use_post_norm": True, "memory_segments": 2},
 }
-RMT = {"rmt": {"memory_segments": 0}, "rmt_normalized_m1": {"fam_feedback": "normalized"}}
+RMT = {"rmt": {"memory_segments": 0}, "rmt_normalized_m1": {"memory_update": "normalized"}}
 
 
 def read(model, x):
@@ -36,7 +38,7 @@ def read(model, x):
 def fm_block(variant, dtype="float32", **changes):
     """A layer with feedback memory segments, and the oracle's `(weights, cfg, fam0)`."""
     given, weights, cfg, fam0 = support.make(**FM[variant], **changes, dtype=dtype)
-    block = keras_fam.TransformerFAMBlock.from_config({**given.get_config(), "segment_source": "outputs"})
+    block = FeedbackMemoryBlock.from_config(given.get_config())
     block.build((None, None, support.HIDDEN_DIM))
     support.set_weights(block, weights, fam0)
     return block, weights, cfg, fam0
@@ -77,7 +79,7 @@ def test_fm_gradient_crosses_blocks():
 def test_rmt_is_the_loop(variant):
     """In float64: random weights make the path through all layers and blocks chaotic."""
     with float64():
-        lm, weights, cfgs = make_model(fam_recurrence="stack", dtype="float64", **RMT[variant])
+        lm, weights, cfgs = make_model(backbone_class=RMTBackbone, dtype="float64", **RMT[variant])
         logits, state = read(lm, TOKENS)
         for b in range(2):
             expected, memory = reference_systems.rmt_model(TOKENS[b], weights, cfgs)
@@ -127,7 +129,7 @@ def test_fm_streams():
 
 
 def test_rmt_streams():
-    backbone = keras_fam.TransformerFAMBackbone(V, 2, D, fam_recurrence="stack", **support.SMALL)
+    backbone = RMTBackbone(V, 2, D, **support.SMALL)
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.build()
     check_streaming(lm, TOKENS[:, :11])
@@ -135,37 +137,47 @@ def test_rmt_streams():
 
 def test_rmt_memory_goes_through_the_whole_stack():
     """What the top layer alone adds reaches the bottom layer's memory one block later; in FAM it never does."""
-    for recurrence in ("layer", "stack"):
-        lm, _, _ = make_model(fam_recurrence=recurrence)
+    for backbone_class in (keras_fam.TransformerFAMBackbone, RMTBackbone):
+        lm, _, _ = make_model(backbone_class=backbone_class)
         memories, kernel = [], lm.backbone.blocks[-1].down.kernel
         program = compiled(lambda x, lm=lm: lm(x, return_state=True)[1].layers[0].fam, lambda lm=lm: lm.variables)
         for _ in range(2):
             memories.append(numpy(program(TOKENS[:, :4])))
             kernel.assign(kernel + 0.1)
         difference = np.abs(memories[1] - memories[0]).max()
-        assert difference == 0 if recurrence == "layer" else difference > 0.01
+        assert difference > 0.01 if backbone_class is RMTBackbone else difference == 0
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="at least one"):
-        keras_fam.FeedbackAttention(2, 4, segment_source="outputs", memory_segments=0)
-    with pytest.raises(ValueError, match="stands alone"):
-        keras_fam.TransformerFAMBlock(2, 4, 8, fam_recurrence="stack")
-    with pytest.raises(ValueError, match="`initial_fam='prompt'`"):
-        make_model(fam_recurrence="stack", initial_fam="summary")
-    with pytest.raises(ValueError, match="one of 'layer', 'stack'"):
-        keras_fam.FeedbackAttention(2, 4, fam_recurrence="top")
+    with pytest.raises(ValueError, match="must be at least 1"):
+        FeedbackMemoryBlock(2, 4, 8, memory_segments=0)
+    with pytest.raises(ValueError, match="`initial_fam='prompt'`; received 'summary'"):
+        make_model(backbone_class=RMTBackbone, initial_fam="summary")
+    with pytest.raises(ValueError, match="leave `scan_layers` out"):
+        make_model(backbone_class=RMTBackbone, scan_layers=True)
 
 
-def test_they_train_and_go_to_files(tmp_path):
-    """Both at once: RMT whose segments hold outputs, with noise on what is fed back."""
-    lm = support.tiny(segment_source="outputs", fam_recurrence="stack", fam_noise=0.1)
+@keras.saving.register_keras_serializable(package="test_systems")
+class BothBlock(RMTBlock, FeedbackMemoryBlock):
+    """RMT whose memory segments hold outputs."""
+
+
+@keras.saving.register_keras_serializable(package="test_systems")
+class BothBackbone(RMTBackbone):
+    block_class = BothBlock
+
+
+@pytest.mark.parametrize("backbone_class", [BothBackbone, SummaryFAMBackbone])
+def test_they_train_and_go_to_files(tmp_path, backbone_class):
+    """With noise on what is fed back; RMT and FM at once, since each changes a part of the layer of its own."""
+    lm = support.tiny(backbone_class=backbone_class, memory_update=keras_fam.Residual(noise=0.1))
     support.quick_compile(lm)
     tokens = TOKENS[:, :8]
     history = lm.fit(tokens, np.roll(tokens, -1, axis=1), epochs=4, verbose=0).history["loss"]
     assert history[-1] < history[0]
     lm.save(tmp_path / "lm.keras")
     loaded = keras.saving.load_model(tmp_path / "lm.keras", compile=False)
+    assert type(loaded.backbone) is backbone_class
     assert loaded.backbone.get_config() == lm.backbone.get_config()
     for a, b in zip(loaded.weights, lm.weights, strict=True):
         np.testing.assert_array_equal(numpy(a), numpy(b))

@@ -23,16 +23,16 @@ SETTINGS = {
 }  # fmt: skip
 VARIANTS = {
     "joined": {},
-    "biased": {"use_attention_bias": True, "use_feedforward_bias": True, "use_query_key_norm": True},
-    "static": {"fam_query": "static"},
-    "zero": {"fam_position": "zero"},
+    "biased": {"use_attention_bias": True, "use_feedforward_bias": True, "query_key_norm": "rms_norm"},
+    "static": {"backbone_class": keras_fam.baselines.SummaryFAMBackbone},
+    "float": {"fam_position": "float"},
 }
 ALL = {"query", "key", "value", "output", "gate", "up", "down"}
 
 
-def model(seed=0, **settings):
+def model(seed=0, backbone_class=keras_fam.TransformerFAMBackbone, **settings):
     keras.utils.set_random_seed(seed)
-    lm = keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(**{**SETTINGS, **settings}))
+    lm = keras_fam.TransformerFAMCausalLM(backbone_class(**{**SETTINGS, **settings}))
     lm.build()
     for v in lm.weights:
         if v.name == "bias":

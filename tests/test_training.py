@@ -10,7 +10,6 @@ from support import ORACLE, SPLIT, close, gradients, numpy, relative
 from test_model import TOKENS, L, V, make
 
 import keras_fam
-from keras_fam.layers.memory_scan import fed_back
 
 ROWS = np.tile(TOKENS[:1], (8, 1))  # eight rows of the same tokens: what differs between them was drawn
 
@@ -73,21 +72,9 @@ def test_passing_with_other_first_memories(initial_fam):
     close(lm(TOKENS, training=True), passed, ORACLE["float32"])
 
 
-@pytest.mark.parametrize("fam_position", ["last", "zero"])
-def test_random_position_offset(fam_position):
-    """It cancels where positions are relative. Where the memory stands at 0 it shifts the tokens of about every
-    second row."""
-    lm = make(random_position_offset=True, fam_position=fam_position)[0]
-    found = distances(lm(ROWS, training=True), lm(ROWS)[0])
-    if fam_position == "last":
-        assert (found <= 1e-5).all()
-    else:
-        assert (found <= 1e-5).any() and (found > 1e-3).any()
-
-
 def test_noise_on_the_memory():
     """In training alone, and read by the blocks after the one that wrote it."""
-    lm, plain = make(fam_noise=0.1)[0], make()[0]
+    lm, plain = make(memory_update=keras_fam.Residual(noise=0.1))[0], make()[0]
     close(lm(TOKENS), plain(TOKENS), 1e-6)
     noisy = [numpy(lm(TOKENS, training=True)) for _ in range(2)]
     expected = numpy(plain(TOKENS))
@@ -105,7 +92,7 @@ def test_noise_on_the_memory():
 
 def test_binary_memory():
     """Signs alone are kept: small updates leave no trace, and gradients pass straight through them."""
-    block = support.make(fam_feedback="binary", memory_segments=0)[0]
+    block = support.make(memory_update="binary", memory_segments=0)[0]
     x = np.random.default_rng(3).normal(size=(2, 12, support.HIDDEN_DIM)).astype("float32")
     state = block(x[:, :4], return_state=True)[1]
     fam = numpy(state.layers[0].fam)
@@ -124,45 +111,45 @@ def test_binary_memory():
 
 def test_noise_ramp():
     """The share of the noise in force, epoch by epoch; a whole share where no ramp is used."""
-    lm = make(fam_noise=0.5, fam_feedback="binary")[0]
-    scales = [block.attention.noise_scale for block in lm.backbone.blocks]
+    lm = make(memory_update=keras_fam.Binary(noise=0.5))[0]
+    scales = [block.attention.memory_update.noise_scale for block in lm.backbone.blocks]
     assert [float(numpy(scale)) for scale in scales] == [1.0] * L
     seen = []
     look = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(float(numpy(scales[-1]))))
     lm.compile()
-    lm.fit(TOKENS, TOKENS, epochs=4, verbose=0, callbacks=[keras_fam.NoiseRamp(1, 3), look])
+    lm.fit(TOKENS, TOKENS, epochs=4, verbose=0, callbacks=[keras_fam.training.NoiseRamp(1, 3), look])
     assert seen == [0.0, 0.0, 0.5, 1.0]
-    lm.backbone.blocks[0].attention.noise_scale.assign(0.0)
+    lm.backbone.blocks[0].attention.memory_update.noise_scale.assign(0.0)
     silent = [numpy(lm.backbone(TOKENS[:, :4], return_state=True, training=True)[1].layers[0].fam) for _ in range(2)]
     np.testing.assert_array_equal(*silent)
     for start, stop in ((-1, 2), (2, 2)):
         with pytest.raises(ValueError, match=f"received {start} and {stop}"):
-            keras_fam.NoiseRamp(start, stop)
+            keras_fam.training.NoiseRamp(start, stop)
     plain = make()[0]
     plain.compile()
-    with pytest.raises(ValueError, match="fam_noise"):
-        plain.fit(TOKENS, TOKENS, verbose=0, callbacks=[keras_fam.NoiseRamp(0, 1)])
+    with pytest.raises(ValueError, match="noise"):
+        plain.fit(TOKENS, TOKENS, verbose=0, callbacks=[keras_fam.training.NoiseRamp(0, 1)])
 
 
-def test_noise_turns_binary_numbers_round():
+def test_noise_flips_signs():
     """As often as Gaussian noise outweighs 1, whatever the size of what was written; never outside of training."""
-    layer = make(fam_noise=0.6, fam_feedback="binary")[0].backbone.blocks[0].attention
-    fam = np.random.default_rng(0).normal(size=(2000, layer.fam_length, 8)).astype("float32")
+    update = make(memory_update=keras_fam.Binary(noise=0.6))[0].backbone.blocks[0].attention.memory_update
+    fam = np.random.default_rng(0).normal(size=(2000, 3, 8)).astype("float32")
     seed = ops.convert_to_tensor([3, 5], "int32")
     shares = []
     for size in (1e-3, 1e3):
-        noisy = numpy(fed_back(layer, ops.convert_to_tensor(size * fam), seed))
+        noisy = numpy(update.call(ops.convert_to_tensor(size * fam), None, seed=seed))
         np.testing.assert_array_equal(np.abs(noisy), 1)
         shares.append(np.mean(noisy != np.where(fam >= 0, 1, -1)))
     assert shares[0] == shares[1]
     assert abs(shares[0] - 0.0478) < 0.01  # the normal distribution below −1 / 0.6
-    np.testing.assert_array_equal(numpy(fed_back(layer, ops.convert_to_tensor(fam))), np.where(fam >= 0, 1, -1))
+    np.testing.assert_array_equal(numpy(update.call(ops.convert_to_tensor(fam), None)), np.where(fam >= 0, 1, -1))
 
 
 def test_noise_grows_as_the_loss_permits():
     """`NoiseScale` is one number of a model, which `Curriculum` sets when a name in the logs gets there."""
-    lm = make(fam_noise=0.5)[0]
-    scale = keras_fam.NoiseScale(lm)
+    lm = make(memory_update=keras_fam.Residual(noise=0.5))[0]
+    scale = keras_fam.training.NoiseScale(lm)
     assert scale.share == 1.0
     scale.share = 0.1
     assert scale.share == 0.1
@@ -178,8 +165,8 @@ def test_noise_grows_as_the_loss_permits():
         seen.clear()
     with pytest.raises(ValueError, match=r"received 1\.5"):
         scale.share = 1.5
-    with pytest.raises(ValueError, match="fam_noise"):
-        keras_fam.NoiseScale(make()[0])
+    with pytest.raises(ValueError, match="noise"):
+        keras_fam.training.NoiseScale(make()[0])
 
 
 def test_layers_with_settings_of_their_own():

@@ -7,6 +7,7 @@ from keras import ops
 from support import close, numpy, tiny
 from test_evaluation import TOKENS
 
+import keras_fam
 from keras_fam.evaluation import visualize
 from keras_fam.ops.attention import attend, record_attention
 
@@ -16,7 +17,7 @@ S, BLOCKS = 4, 3
 # JAX compiles each operation for each shape of these eager layers: there, fewer cases are enough.
 JAX = keras.backend.backend() == "jax"
 SYSTEMS = {name: settings for name, settings in visualize.SYSTEMS.items() if not JAX or name[:3] in ("FAM", "Tra")}
-MODELS = [{}, {"segment_source": "outputs"}, {"fam_recurrence": "stack"}]
+MODELS = [None, keras_fam.baselines.FeedbackMemoryBackbone, keras_fam.baselines.RMTBackbone]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +57,14 @@ def test_masks_of_memory(found):
             np.testing.assert_array_equal(where[seen[token, where]], [before])
 
 
-@pytest.mark.parametrize("changes", MODELS[-1:] if JAX else MODELS)
-def test_attention_maps(changes):
-    lm = tiny(2, **changes)
+@pytest.mark.parametrize("backbone_class", MODELS[-1:] if JAX else MODELS)
+def test_attention_maps(backbone_class):
+    lm = tiny(2, backbone_class=backbone_class)
     maps = visualize.attention_maps(lm, TOKENS[:, :12])
     assert len(maps) == 2
     for layer in maps:
         assert layer["tokens"].shape == (3, 3, 4, 2, 3 + 8)
-        assert layer["memory"].shape == (3, 3, 3, 2, 3 + 4 + 3 * (changes.get("fam_recurrence") == "stack"))
+        assert layer["memory"].shape == (3, 3, 3, 2, 3 + 4 + 3 * (backbone_class is keras_fam.baselines.RMTBackbone))
         for weights in layer.values():
             np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
     assert (maps[0]["tokens"][0, :, :, :, 3:7] == 0).all()  # there is no block before the first

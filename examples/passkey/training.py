@@ -17,7 +17,7 @@ def noise_of(model):
     full = model.backbone.block_settings.get("fam_noise")
     if not full:
         return None
-    scale = keras_fam.NoiseScale(model)
+    scale = keras_fam.training.NoiseScale(model)
     return lambda noise: setattr(scale, "share", min(noise / full, 1.0))
 
 

@@ -1,8 +1,8 @@
-"""RMT: the memory of a whole stack (Fig. 7; Bulatov et al., 2022), `fam_recurrence="stack"`.
+"""RMT: one memory for the whole stack of layers (Fig. 7; Bulatov et al., 2022).
 
 One memory M_τ `[F, D]` at the level of token embeddings. In block τ+1 it takes part twice, so that no token sees a
-later one: as *read rows*, which go up the layers alone, seeing one another, and which the block's tokens attend to;
-and, once the block is full, as *write rows*, which go up from M_τ again and attend in each layer to the read rows, to
+later one: as *read rows*, which pass up the layers alone, seeing one another, and which the block's tokens attend to;
+and, once the block is full, as *write rows*, which pass up from M_τ again and attend in each layer to the read rows, to
 one another and to the whole block. What the write rows are above the top layer is M_{τ+1}. `LayerState.fam` holds the
 read rows below each layer, so the bottom layer's is M_τ itself. M_0 is the memory prompt, and its read rows are F_0 of
 App. B.1.
@@ -10,86 +10,176 @@ App. B.1.
 Blocks follow one another here, all layers of one before the next begins.
 """
 
+import keras
 from keras import ops
 
-from keras_fam.layers.memory_scan import fed_back
-from keras_fam.ops import block_layout as block_ops
+from keras_fam.distribution.state_sharding import shard_state
+from keras_fam.layers.chunk import make_chunk
+from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
+from keras_fam.models.scan_layers import SEEDS_PER_LAYER
+from keras_fam.models.scan_steps import scan_steps
+from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
+from keras_fam.ops import block_layout
+from keras_fam.ops.attention import attend
 from keras_fam.ops.ragged import gather
 from keras_fam.ops.random import fold_in
+from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import branch, scan
-from keras_fam.state import broadcast_position, where_rows
+from keras_fam.state import StreamState, advance_position, broadcast_position, where_rows
 
 TOP_SEED = 7  # behind the seeds that the bottom layer uses for its memory rows
 
 
-def feed_to_bottom(backbone, layers, rider, completed, seed=None):
-    """The layers' states with the read rows of a new memory, in the rows whose block was filled.
+@keras.saving.register_keras_serializable(package="keras_fam")
+class RMTBlock(TransformerFAMBlock):
+    """One layer of an `RMTBackbone`. It reads the memory and hands the write rows to the layer above."""
 
-    Args:
-        backbone: a `TransformerFAMBackbone` whose memory is that of the stack.
-        layers: a list of `LayerState` after the tokens.
-        rider: `[B, F, D]`, what the top layer wrote.
-        completed: int32 `[B]` (or `[1]`), 0 or 1.
-        seed: None, or an integer tensor `[2]` for noise.
+    def scan_memory(self, state, position, keys, values, chunk, *, seed=None, initial_rows=None):
+        """The chunk lies in one block. `initial_rows` are the write rows from the layer below; for the bottom layer,
+        the memory that was fed back."""
+        write_rows, m = initial_rows, self.attention.memory_segments
+
+        def write():
+            return self._write(state, keys[:, m], values[:, m], write_rows, seed)
+
+        parts = (state.fam_key, state.fam_value)
+        memory = tuple(ops.repeat(ops.expand_dims(part, 1), chunk.num_blocks, axis=1) for part in parts)
+        if not chunk.num_updates:
+            return memory, state, write_rows
+        if chunk.one_block:  # decoding: mostly, no block is completed
+            return memory, state, branch(ops.any(chunk.completed > 0), write, lambda: write_rows)
+        return memory, state, write()
+
+    def _write(self, state, key, value, write_rows, seed):
+        """Write rows `[B, F, D]` attend to the read rows, to one another and to the block `[B, S, K, H]`, never to the
+        memory segments. They stand at the last F positions of the block."""
+        attention = self.attention
+        places = ops.arange(attention.block_size - attention.fam_length, attention.block_size, dtype="int32")
+        table = attention.positions.tokens(places)
+        normed = self.pre_norm(write_rows)
+        query = rotate(attention.project_query(normed), table)
+        own_key, own_value = attention.project_key_value(normed)
+        key = ops.concatenate([state.fam_key, rotate(own_key, table), key], axis=1)
+        value = ops.concatenate([state.fam_value, own_value, value], axis=1)
+        attended = attend(query, key, value, None, attention.attention_softcap)
+        return self.memory_output(attended, write_rows, fold_in(seed, 2))
+
+
+@keras.saving.register_keras_serializable(package="keras_fam")
+class RMTBackbone(TransformerFAMBackbone):
+    """A `TransformerFAMBackbone` whose top layer's memory feeds the bottom layer one block later, with the same
+    arguments.
+
+    ```python
+    rmt = keras_fam.baselines.RMTBackbone(1000, 2, 64, 4, 128, block_size=32, memory_segments=0, fam_length=8)
+    ```
+
+    Reading is sequential over blocks.
+
+    Raises:
+        ValueError: for settings that RMT does not have: `initial_fam` other than `"prompt"`, several visible memories,
+            `fam_position="float"`, or `scan_layers=True`.
     """
-    held = [(layer.fam, layer.fam_key, layer.fam_value) for layer in layers]
 
-    def read_rows():
-        rows, new = fed_back(backbone.blocks[0].attention, rider, fold_in(seed, TOP_SEED)), []
-        for block in backbone.blocks:
-            start = ops.zeros((1,), block.attention.memory_dtype)
-            new.append((rows, *block.attention.memory_key_value(block.norm_input(rows), start)))
-            rows = block.forward_prompt(rows)
-        return where_rows(completed > 0, new, held)
+    block_class = RMTBlock
 
-    rows = branch(ops.any(completed > 0), read_rows, lambda: held)
-    return [
-        layer._replace(fam=fam, fam_key=key, fam_value=value)
-        for layer, (fam, key, value) in zip(layers, rows, strict=True)
-    ]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        needed = {"initial_fam": "prompt", "fam_position": "last", "num_visible_memories": 1}
+        for name, value in needed.items():
+            found = getattr(self.blocks[0].attention, name)
+            if self.fam_length and found != value:
+                raise ValueError(f"RMT has `{name}={value!r}`; received {found!r}. Leave the setting out.")
+        if self.scan_layers:
+            raise ValueError(
+                "RMT hands the top layer's memory to the bottom one, which the loop of `scan_layers=True` does not; "
+                "leave `scan_layers` out."
+            )
+
+    def forward_embedded(self, x, state, chunk, *, seed=None, training=False):
+        if not self.fam_length:
+            return super().forward_embedded(x, state, chunk, seed=seed, training=training)
+        length = x.shape[1]
+        if length is None or (not chunk.aligned and length > 1):
+            return scan_blocks(self, x, state, chunk, seed=seed, training=training)
+        if not chunk.aligned or length <= self.block_size:
+            return self.forward_layers(x, state, chunk, seed=seed, training=training)
+        return scan_steps(self, x, state, chunk, self.block_size, seed=seed, training=training)
+
+    def forward_layers(self, x, state, chunk, *, seed=None, training=False):
+        if not self.fam_length:
+            return super().forward_layers(x, state, chunk, seed=seed, training=training)
+        memory = state.layers[0].fam
+        x, layers, written = self.run_layers(x, state, chunk, seed=seed, training=training, initial_rows=memory)
+        if not chunk.keep_state:
+            return x, None
+        layers = self._feed_to_bottom(layers, written, chunk.completed, seed)
+        return x, shard_state(StreamState(advance_position(state.position, chunk, 1), tuple(layers)))
+
+    def _feed_to_bottom(self, layers, written, completed, seed):
+        """The layers' states with the read rows of a new memory, in the rows whose block was filled.
+
+        Args:
+            layers: a list of `LayerState` after the tokens.
+            written: `[B, F, D]`, what the top layer wrote.
+            completed: int32 `[B]` (or `[1]`), 0 or 1.
+            seed: None, or an integer tensor `[2]` for noise.
+        """
+        held = [(layer.fam, layer.fam_key, layer.fam_value) for layer in layers]
+
+        def read_rows():
+            update = self.blocks[0].attention.memory_update
+            rows, new = update.call(written, layers[0].fam, seed=fold_in(seed, TOP_SEED)), []
+            for block in self.blocks:
+                new.append((rows, *block.attention.memory_key_value(block.pre_norm(rows))))
+                rows = block.forward_rows(rows)
+            return where_rows(completed > 0, new, held)
+
+        rows = branch(ops.any(completed > 0), read_rows, lambda: held)
+        return [
+            layer._replace(fam=fam, fam_key=key, fam_value=value)
+            for layer, (fam, key, value) in zip(layers, rows, strict=True)
+        ]
 
 
-def scan_blocks(backbone, x, state, *, start, lengths=None, seed=None):
-    """Tokens that may lie anywhere in their blocks, one block of each row after the other.
+def scan_blocks(backbone, x, state, chunk, *, seed=None, training=False):
+    """Tokens at any position of their blocks, one block of each row after the other.
 
     Args:
-        backbone: a `TransformerFAMBackbone`.
+        backbone: an `RMTBackbone`.
         x: `[B, T, D]`, embedded tokens; T may be known at run time only (TensorFlow).
         state: `StreamState`.
-        start: see `advance_layer`.
-        lengths: None, or int32 `[B]`.
+        chunk: `Chunk` of the T tokens.
         seed: None, or an integer tensor `[2]`.
+        training: whether dropout and noise are applied.
 
     Returns:
         `(y, state)`.
     """
-    S, length = backbone.block_size, ops.shape(x)[1]
+    S, length, num_blocks = backbone.block_size, chunk.length, chunk.num_blocks
     last = ops.maximum(length - 1, 0)
-    taken = length if lengths is None else lengths
-    num_blocks = (length + 2 * S - 2) // S if start == "anywhere" else (length + S - 1) // S
     block = ops.expand_dims(ops.arange(num_blocks, dtype="int32") * S, 1)  # [n, 1], first place of each
     offset = ops.broadcast_to(state.position.offset, ops.shape(x)[:1])
-    # Row b reads tokens first … first + count − 1 in block j; the first block goes on where the row stands.
+    # Row b reads tokens first … first + count − 1 in block j; the first block continues where the row is.
     first = ops.maximum(block - offset, 0)
-    count = ops.clip(offset + taken - block, 0, S) - ops.clip(offset - block, 0, S)
+    count = ops.clip(offset + chunk.taken - block, 0, S) - ops.clip(offset - block, 0, S)
     source = ops.expand_dims(first, 2) + ops.arange(S, dtype="int32")
     inside = ops.arange(S, dtype="int32") < ops.expand_dims(count, 2)
     tokens = gather(x, ops.reshape(ops.transpose(ops.minimum(source, last), (1, 0, 2)), (-1, num_blocks * S)))
-    tokens = ops.transpose(block_ops.to_blocks(tokens, S, num_blocks), (1, 0, 2, 3))
+    tokens = ops.transpose(block_layout.to_blocks(tokens, S, num_blocks), (1, 0, 2, 3))
     tokens = ops.where(ops.expand_dims(inside, -1), tokens, ops.zeros((), tokens.dtype))
     xs = {"x": tokens, "lengths": ops.cast(count, "int32")}
     if seed is not None:
-        xs["seed"] = fold_in(seed, 1 + 4096 * backbone.num_layers * ops.arange(num_blocks, dtype="int32"))
+        xs["seed"] = fold_in(seed, 1 + SEEDS_PER_LAYER * backbone.num_layers * ops.arange(num_blocks, dtype="int32"))
 
-    def body(state, given):
-        y, state = backbone._advance_layers(
-            given["x"], state, start="anywhere", lengths=given["lengths"], seed=given.get("seed")
-        )
+    def step(state, given):
+        part = make_chunk(given["x"], state.position, S, "unaligned", lengths=given["lengths"])
+        y, state = backbone.forward_layers(given["x"], state, part, seed=given.get("seed"), training=training)
         return state, (y,)
 
     state = state._replace(position=broadcast_position(state.position, ops.shape(x)[0]))
-    state, (ys,) = scan(body, state, xs, (xs["x"][0],))
+    state, (ys,) = scan(step, state, xs, (xs["x"][0],))
     place = ops.expand_dims(offset, 1) + ops.arange(length, dtype="int32")  # [B, T]
     within = ops.floor_divide(place, S)
     index = within * S + ops.arange(length, dtype="int32") - ops.maximum(within * S - ops.expand_dims(offset, 1), 0)
-    return gather(block_ops.to_slots(ops.moveaxis(ys, 0, 1)), index), state
+    return gather(block_layout.to_slots(ops.moveaxis(ys, 0, 1)), index), state

@@ -16,7 +16,7 @@ from keras_fam.hub.source import (
     unwrap_source,
 )
 from keras_fam.hub.weights import copy, draw_memory, pairs, share
-from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone, block_settings
+from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.models.transformer_fam_causal_lm import TransformerFAMCausalLM
 
 SIZES = ("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "num_key_value_heads", "intermediate_dim",
@@ -66,7 +66,7 @@ def convert(
             embeddings: normal, with the mean and deviation that each of the D numbers has in the source's vocabulary.
         dtype: dtype or policy; None means the source's.
         name: name of the new model.
-        **options: what the source does not decide: `initial_fam`, `fam_position`, `fam_feedback`,
+        **options: what the source does not decide: `initial_fam`, `fam_position`, `memory_update`,
             `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings of
             `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where no window
             of the source narrows that of the blocks.
@@ -167,8 +167,8 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
     attention = backbone.blocks[0].attention
     expected = layer_settings(made, family, (attention.memory_segments + 1) * attention.block_size)
     for i, (wanted, block) in enumerate(zip(expected, layers, strict=True)):
-        if not wanted["use_query_key_norm"]:
-            wanted = {**wanted, **{key: block[key] for key in ("query_key_norm", "query_key_norm_epsilon")}}
+        if wanted["query_key_norm"] is None:
+            wanted = {**wanted, "query_key_norm_epsilon": block["query_key_norm_epsilon"]}
         for key, value in wanted.items():
             if not _same(key, value, block[key]):
                 raise ValueError(
@@ -185,7 +185,7 @@ def _check_options(options):
     theirs = sorted(set(options) & ({*PLAIN, *SIZES, "layer_settings"} - {"attention_window"}))
     if theirs:
         raise ValueError(f"The source decides {theirs}; leave these options out.")
-    known = block_settings() | set(inspect.signature(TransformerFAMBackbone.__init__).parameters)
+    known = set(inspect.signature(TransformerFAMBackbone.__init__).parameters)
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"TransformerFAMBackbone knows no setting {unknown}.")

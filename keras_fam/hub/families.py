@@ -182,7 +182,7 @@ QWEN3 = Family(
         "rope_scaling_factor": READ,
         "sliding_window_size": READ,
     },
-    fixed={"use_query_key_norm": True},
+    fixed={"query_key_norm": "rms_norm"},
     read=read_qwen3,
     write=write_qwen3,
     weights={
@@ -213,6 +213,7 @@ def read_gemma(backbone, layer):
         "attention_scale": None if normalized else (backbone.hidden_dim // backbone.num_query_heads) ** -0.5,
         "attention_window": attention.sliding_window_size if attention.use_sliding_window_attention else None,
         "embedding_scale": backbone.hidden_dim**0.5,
+        "query_key_norm": "offset_rms_norm" if getattr(backbone, "use_query_key_norm", False) else None,
         "query_key_norm_epsilon": attention.query_norm.epsilon if hasattr(attention, "query_norm") else 1e-6,
     }
 
@@ -235,6 +236,7 @@ def write_gemma3(layers):
     last = layers[min(5, len(layers) - 1)]
     return {
         **write_gemma(layers),
+        "use_query_key_norm": layers[0]["query_key_norm"] is not None,
         "intermediate_dim": layers[0]["intermediate_dim"],
         "use_sliding_window_attention": layers[0]["rope_wavelength"] == 10_000.0,
         "local_rope_scaling_factor": linear_factor(layers[0]["rope_scaling"]),
@@ -279,7 +281,6 @@ GEMMA = Family(
         "activation": gelu_tanh,
         "tie_weights": True,
         "norm": "offset_rms_norm",
-        "query_key_norm": "offset_rms_norm",
     },
     read=read_gemma,
     write=write_gemma,
@@ -292,7 +293,7 @@ GEMMA3 = Family(
     backbones=("Gemma3Backbone",),
     fields={
         **GEMMA_FIELDS,
-        "use_query_key_norm": "use_query_key_norm",
+        "use_query_key_norm": READ,
         "local_rope_scaling_factor": READ,
         "global_rope_scaling_factor": READ,
         "image_size": Unused(None),

@@ -138,4 +138,4 @@ def draw_memory(backbone, seed=None):
     rows = ops.expand_dims(rows, 0)
     for block in backbone.blocks:
         block.attention.initial_fam_rows.assign(ops.cast(rows[0], block.attention.initial_fam_rows.dtype))
-        rows = block.forward_prompt(rows)
+        rows = block.forward_rows(rows)

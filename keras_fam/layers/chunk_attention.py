@@ -1,249 +1,195 @@
-"""Reading a part of a stream with one attention layer, for any number of blocks.
+"""One attention layer over one chunk of a stream, for any number of blocks (Alg. 1 and 2).
 
-1. Project all tokens, rotate them by their place in their block, and lay keys and values out in blocks.
-2. Scan over the completed blocks, memory rows only (`feedback.py`).
-3. Attend for all tokens at once: memories, memory segments, own block (block by block where the segments hold outputs,
-   `output_segments.py`).
-4. Keep the last keys for the next call.
+1. `project_tokens`: all tokens at once, rotated by their place in their block; keys and values laid out in blocks.
+2. `scan_memory` (`memory_scan.py`): over the blocks that the chunk completes, memory rows only.
+3. `attend_tokens`: all tokens at once over memory, memory segments and own block.
+4. `keep_keys`: the last keys and values, for the next call.
 
-Axes: B rows, T tokens, S block, n blocks in the call, m segments, F memory rows, P visible memories.
+Axes: B rows, T tokens, S block, n blocks in the chunk, m segments, F memory rows, P visible memories, N query heads,
+K key/value heads, H head width, D model width.
 """
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
-from keras_fam.baselines.feedback_memory import keep_outputs, lay_out_outputs, read_in_turn
-from keras_fam.layers.memory_scan import write_memories
-from keras_fam.ops import block_layout as block_ops
-from keras_fam.ops import masks
-from keras_fam.ops import ragged as row_ops
+from keras_fam.layers.memory_scan import memory_ages
+from keras_fam.ops import block_layout, masks
 from keras_fam.ops.attention import attend_blocks, attend_slots
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import branch
-from keras_fam.state import advance_position
 
 
-def no_norm(x):
-    return x
-
-
-def attended_alone(attended, residual, seed=None):
-    return attended
-
-
-def add(attended, residual, seed=None):
-    return residual + ops.cast(attended, residual.dtype)
-
-
-class Hooks(NamedTuple):
-    """What a layer does around its attention; the defaults are those of an attention layer that stands alone.
-
-    Attributes:
-        norm: `x -> x`, applied to tokens and memory rows before they are projected.
-        transform: `(attended, x, seed) -> y` for tokens.
-        write: `(attended, residual, seed) -> fam` for memory rows.
-        seed: None, or an integer tensor `[2]` for dropout and noise.
-    """
-
-    norm: Callable = no_norm
-    transform: Callable = attended_alone
-    write: Callable = add
-    seed: Any = None
-
-
-class _Plan(NamedTuple):
-    """How the tokens of a call lie in blocks. Numbers are ints unless T is known at run time only (TensorFlow).
-
-    Attributes:
-        aligned: whether every row starts at the start of a block.
-        in_slots: whether the tokens are so few that they are attended to without filling blocks.
-        num_blocks: n, blocks that the tokens may touch.
-        num_updates: how many of them may be completed (and be of use).
-        place: int32 `[T]` or `[B, T]`, place of the tokens, counted from the start of their row's first block.
-        segments: how many previous blocks the tokens of the call can see.
-    """
-
-    aligned: bool
-    in_slots: bool
-    num_blocks: Any
-    num_updates: Any
-    place: Any
-    segments: int
-
-
-def _plan(length, layer, position, start, keep_state):
-    S, m = layer.block_size, layer.memory_segments
-    aligned, static = start != "anywhere", isinstance(length, int)
-    place = ops.arange(length, dtype="int32")
-    if aligned:
-        num_blocks, num_updates = (length + S - 1) // S, length // S
-    else:
-        num_blocks, num_updates = (length + 2 * S - 2) // S, (length + S - 1) // S
-        place = ops.expand_dims(position.offset, 1) + place
-    if static and not keep_state:  # no token of the call reads what the last block writes
-        num_updates = min(num_updates, num_blocks - 1)
-    segments = min(m, num_blocks - 1) if start == "fresh" and static else m
-    return _Plan(aligned, static and not aligned and length <= S, num_blocks, num_updates, place, segments)
-
-
-def advance_layer(layer, x, state, position, hooks, *, start, lengths=None, rider=None, keep_state=True):
-    """One layer's part of `advance`.
+def forward_chunk(layer, x, state, position, chunk, *, seed=None, initial_rows=None):
+    """One layer over a chunk: the path of a token.
 
     Args:
-        layer: a `FeedbackAttention`.
+        layer: a `RecurrentLayer`, whose functions around the attention are used.
         x: `[B, T, D]`.
         state: `LayerState` of B rows.
         position: `StreamPosition` of B rows, or of one row that stands for all.
-        hooks: `Hooks`.
-        start: what is known when the program is made: `"fresh"` (every row starts anew), `"boundary"` (every row with
-            tokens stands at the start of a block) or `"anywhere"`.
-        lengths: None, or int32 `[B]`, how many of the T tokens exist.
-        rider: `[1 or B, F, D]`, the rows that ride up with block 1 (`initial_fam="summary"`).
-        keep_state: False leaves out what only the next call would need.
+        chunk: `Chunk`.
+        seed: None, or an integer tensor `[2]` for dropout and noise.
+        initial_rows: `[1 or B, F, D]`, for `initial_fam="summary"`: memory rows that pass up the layers with block 1.
 
     Returns:
-        `(y, state, rider)`: `[B, T, D]`; the new `LayerState`, None unless `keep_state`; the rows that ride on.
+        `(y, state, initial_rows)`: `[B, T, D]`; the new `LayerState`, None unless `chunk.keep_state`; the rows for the
+        layer above.
     """
-    S, m = layer.block_size, layer.memory_segments
-    length = ops.shape(x)[1]
-    plan = _plan(length, layer, position, start, keep_state)
-    if (
-        layer.segment_source == "outputs" and plan.in_slots and plan.num_blocks > 1
-    ):  # a block needs the outputs of the one before
-        plan = plan._replace(in_slots=False)
-    taken = length if lengths is None else lengths
-    _, completed = advance_position(position, taken, S, layer.max_memories)
-    real = None
-    if lengths is not None:
-        real = ops.arange(length, dtype="int32") < ops.expand_dims(lengths, 1)
-        x = row_ops.zero_rows(x, real)
-
-    normed = hooks.norm(x)
-    query, (key, value) = layer.project_query(normed), layer.project_key_value(normed)
-    if real is not None:
-        key, value = row_ops.zero_rows(key, real), row_ops.zero_rows(value, real)
-    table = layer.positions.tokens(ops.mod(plan.place, S))
-    query = rotate(query, layer.positions.tokens(plan.place) if plan.in_slots else table)
-    key = rotate(key, table)
-    keys, values = (
-        block_ops.with_segments(held, block_ops.to_blocks(new, S, plan.num_blocks), m, S)
-        if plan.aligned
-        else block_ops.lay_out(held, new, position.offset, taken, S, plan.num_blocks)
-        for held, new in ((state.key, key), (state.value, value))
-    )
-
-    memory_key = memory_value = None
+    x = chunk.zero_padding(x)
+    query, keys, values = project_tokens(layer, x, state, position, chunk)
+    memory = None
     if layer.fam_length:
-        every_row = plan.aligned and lengths is None
-        written = write_memories(
-            layer,
-            state,
-            position,
-            keys[:, m:],
-            values[:, m:],
-            completed,
-            plan,
-            every_row=every_row,
-            hooks=hooks,
-            rider=rider,
+        memory, state, initial_rows = layer.scan_memory(
+            state, position, keys, values, chunk, seed=seed, initial_rows=initial_rows
         )
-        memory_key, memory_value, state, rider = written
-    outputs, one_token = None, plan.in_slots and plan.num_blocks == 1
-    if layer.segment_source == "outputs" and not one_token:
-        tokens = (x, query, keys, values, memory_key, memory_value)
-        y, *outputs = read_in_turn(layer, plan, tokens, state, position, taken, hooks, _read_blocks)
-    else:
-        read = _read_slots if plan.in_slots else _read_blocks
-        attended = read(layer, plan, query, keys, values, memory_key, memory_value, position)
-        y = hooks.transform(layer.project_output(attended), x, hooks.seed)
-    if not keep_state:
-        return y, None, rider
+    attended = attend_tokens(layer.attention_layer(), query, keys, values, memory, position, chunk)
+    y = layer.token_output(attended, x, seed)
+    state = keep_keys(layer.attention_layer(), state, keys, values, chunk) if chunk.keep_state else None
+    return y, state, initial_rows
 
-    if every_row_equal(plan, lengths, length):
-        completed = length // S
-    if layer.segment_source == "outputs":
-        if outputs is None:
-            outputs = lay_out_outputs(layer, y, table, state, position, taken, hooks)
-        return y, keep_outputs(layer, state, keys, values, outputs, completed), rider
+
+def project_tokens(layer, x, state, position, chunk):
+    """Queries, keys and values of the tokens, and the keys and values that the layer holds.
+
+    Returns:
+        `(query, keys, values)`: `[B, T, N, H]`, scaled and rotated by place in block (of a positional chunk: in the
+        row's first block), and `[B, m+n, S, K, H]` each, rotated by place in block: the m held blocks and the n blocks
+        of the chunk, the first of which may hold tokens of earlier calls.
+    """
+    attention = layer.attention_layer()
+    S, m = attention.block_size, attention.memory_segments
+    normed = layer.pre_norm(x)
+    query, (key, value) = attention.project_query(normed), attention.project_key_value(normed)
+    key, value = chunk.zero_padding(key), chunk.zero_padding(value)  # a bias makes keys of zeros
+    table = attention.positions.tokens(ops.mod(chunk.position, S))
+    query = rotate(query, attention.positions.tokens(chunk.position) if chunk.positional else table)
+    key = rotate(key, table)
+    if chunk.aligned:
+        keys, values = (
+            block_layout.with_segments(held, block_layout.to_blocks(new, S, chunk.num_blocks), m, S)
+            for held, new in ((state.key, key), (state.value, value))
+        )
+    else:
+        keys, values = (
+            block_layout.lay_out(held, new, position.offset, chunk.taken, S, chunk.num_blocks)
+            for held, new in ((state.key, key), (state.value, value))
+        )
+    return query, keys, values
+
+
+def attend_tokens(attention, query, keys, values, memory, position, chunk):
+    """What the tokens of a chunk read.
+
+    Args:
+        attention: a `FeedbackAttention`.
+        query, keys, values: of `project_tokens`.
+        memory: None, or the keys and values `[B, n, P·F, K, H]` of the memories that the tokens of each block see.
+        position: `StreamPosition` before the chunk.
+        chunk: `Chunk`.
+
+    Returns:
+        `[B, T, N, H]`.
+    """
+    attend = _attend_positions if chunk.positional else _attend_whole_blocks
+    return attend(attention, query, keys, values, memory, position, chunk)
+
+
+def keep_keys(attention, state, keys, values, chunk):
+    """The `LayerState` with the keys and values to hold for the next call: m blocks and the unfinished one."""
 
     def shifted():
-        return tuple(block_ops.keep_last(part, completed, m) for part in (keys, values))
+        m, completed = attention.memory_segments, chunk.completed
+        if chunk.uniform and isinstance(chunk.length, int):
+            completed = chunk.length // attention.block_size
+        return tuple(block_layout.keep_last(part, completed, m) for part in (keys, values))
 
-    if one_token:  # mostly, no block is filled and nothing moves
-        key, value = branch(ops.any(completed > 0), shifted, lambda: tuple(map(block_ops.to_slots, (keys, values))))
+    if chunk.one_block:  # mostly, no block is completed and nothing moves
+        in_place = lambda: tuple(map(block_layout.to_slots, (keys, values)))  # noqa: E731
+        key, value = branch(ops.any(chunk.completed > 0), shifted, in_place)
     else:
         key, value = shifted()
-    return y, state._replace(key=key, value=value), rider
+    return state._replace(key=key, value=value)
 
 
-def every_row_equal(plan, lengths, length):
-    """Whether all rows fill the same number of blocks, known when the program is made."""
-    return plan.aligned and lengths is None and isinstance(length, int)
-
-
-def _read_blocks(layer, plan, query, keys, values, memory_key, memory_value, position):
-    """Whole blocks: a static window, narrowed to what exists. `[B, T, N, H]`."""
-    S, segments, num_blocks = layer.block_size, plan.segments, plan.num_blocks
-    length = ops.shape(query)[1]
-    if plan.aligned:
-        query = block_ops.to_blocks(query, S, num_blocks)
+def _attend_whole_blocks(attention, query, keys, values, memory, position, chunk):
+    """Whole blocks: one mask for all of them, narrowed to the keys that exist."""
+    S, num_blocks = attention.block_size, chunk.num_blocks
+    segments = chunk.visible_segments(attention.memory_segments)
+    if chunk.aligned:
+        query = block_layout.to_blocks(query, S, num_blocks)
     else:
-        query = block_ops.place_queries(query, position.offset, S, num_blocks)
-    mask = masks.token_window(S, segments, layer.attention_window)
-    visible = None
+        query = block_layout.place_queries(query, position.offset, S, num_blocks)
+    places = np.arange(-segments * S, S, dtype="int32")  # of the keys, counted from the start of their queries' block
+    mask = masks.visible(
+        np.arange(S)[:, None],
+        places,
+        block_size=S,
+        memory_segments=segments,
+        attention_window=attention.attention_window,
+    )
+    existing = {}  # per block, bool [1 or B, 1 or n, …] of keys that may not exist
     if segments:
-        visible = masks.filled_segments(position.block_index, num_blocks, segments, S)
-    if memory_key is not None:
-        width = memory_key.shape[2]
-        mask = np.concatenate([np.ones((S, width), bool), mask], axis=1)
-        rows = None
-        if layer.num_visible_memories > 1 or layer.initial_fam == "summary":
-            count = ops.expand_dims(position.visible_memories, 1) + ops.arange(num_blocks, dtype="int32")
-            rows = masks.visible_memories(count, layer.fam_length, layer.num_visible_memories)
-        visible = masks.join(rows, visible, width, (segments + 1) * S)
-    skipped = layer.memory_segments - segments
+        key = ops.expand_dims(chunk.block_offsets, 1) * S + ops.convert_to_tensor(places)  # [n, (m+1)·S]
+        existing["tokens"] = masks.exists(key, position.block_index[:, None, None], S)
+    if memory is not None:
+        age = memory_ages(attention)
+        mask = np.concatenate([np.ones((S, len(age)), bool), mask], axis=1)
+        if attention.num_visible_memories > 1 or attention.initial_fam == "summary":
+            count = ops.expand_dims(position.visible_memories, 1) + chunk.block_offsets
+            existing["memory"] = masks.memory_visible(ops.expand_dims(count, -1), ops.convert_to_tensor(age))
+        if existing:
+            always = {"memory": ops.ones((1, 1, len(age)), "bool"), "tokens": ops.ones((1, 1, len(places)), "bool")}
+            existing = {**always, **existing}
     attended = attend_blocks(
         query,
-        keys[:, skipped:],
-        values[:, skipped:],
-        memory_key,
-        memory_value,
+        keys[:, attention.memory_segments - segments :],
+        values[:, attention.memory_segments - segments :],
+        *(memory or (None, None)),
         mask,
         segments=segments,
-        back=layer.positions.back,
-        visible=visible,
-        softcap=layer.attention_softcap,
-        stop_gradient=layer.stop_memory_gradient,
+        back=attention.positions.back,
+        visible=_side_by_side([*existing.values()]),
+        softcap=attention.attention_softcap,
+        stop_gradient=attention.stop_memory_gradient,
     )
-    if plan.aligned:
-        return block_ops.to_slots(attended)[:, :length]
-    return block_ops.read_back(attended, position.offset, length)
+    if chunk.aligned:
+        return block_layout.to_slots(attended)[:, : chunk.length]
+    return block_layout.read_back(attended, position.offset, chunk.length)
 
 
-def _read_slots(layer, plan, query, keys, values, memory_key, memory_value, position):
-    """A few tokens anywhere: visibility from each token's place. `[B, T, N, H]`."""
-    S, m, place, num_blocks = layer.block_size, layer.memory_segments, plan.place, plan.num_blocks
-    visible = masks.slot_visibility(place, position.block_index, m, num_blocks, S, layer.attention_window)
-    shape = ops.shape(place)
-    mask = ops.reshape(visible, (*shape, (m + num_blocks) * S))
-    if memory_key is not None:
-        rows = masks.slot_memories(
-            place, position.visible_memories, num_blocks, S, layer.fam_length, layer.num_visible_memories
-        )
-        mask = ops.concatenate([ops.reshape(rows, (*shape, num_blocks * memory_key.shape[2])), mask], axis=-1)
+def _side_by_side(parts):
+    """bool `[1 or B, 1 or n, W]` parts next to one another; None for none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    whole = ops.logical_or(*(part[..., :1] for part in parts))
+    return ops.concatenate([ops.logical_and(part, ops.ones_like(whole)) for part in parts], axis=-1)
+
+
+def _attend_positions(attention, query, keys, values, memory, position, chunk):
+    """A few tokens at any position: visibility from the position of each token."""
+    S, m, num_blocks = attention.block_size, attention.memory_segments, chunk.num_blocks
+    token = ops.expand_dims(chunk.position, -1)  # [B, T, 1]
+    places = ops.convert_to_tensor(np.arange(-m * S, num_blocks * S, dtype="int32"))
+    mask = masks.visible(token, places, block_size=S, memory_segments=m, attention_window=attention.attention_window)
+    mask = ops.logical_and(mask, masks.exists(places, position.block_index[:, None, None], S))
+    block = ops.convert_to_tensor(np.arange(-m, num_blocks, dtype="int32"))
+    own = ops.equal(ops.floor_divide(token, S), block)  # [B, T, m+n]
+    if memory is not None:
+        age = memory_ages(attention)
+        count = ops.expand_dims(position.visible_memories, 1) + chunk.block_offsets  # [B, n]
+        rows = masks.memory_visible(ops.expand_dims(count, -1), ops.convert_to_tensor(age))  # [B, n, P·F]
+        rows = ops.logical_and(ops.expand_dims(own[:, :, m:], -1), ops.expand_dims(rows, 1))
+        rows = ops.reshape(rows, (*ops.shape(mask)[:2], num_blocks * len(age)))
+        mask = ops.concatenate([rows, mask], axis=-1)
     return attend_slots(
         query,
         keys,
         values,
-        memory_key,
-        memory_value,
+        *(memory or (None, None)),
         mask,
         segments=m,
-        own=masks.own_block(place, m, num_blocks, S),
-        back=layer.positions.back,
-        softcap=layer.attention_softcap,
-        stop_gradient=layer.stop_memory_gradient,
+        own=own,
+        back=attention.positions.back,
+        softcap=attention.attention_softcap,
+        stop_gradient=attention.stop_memory_gradient,
     )

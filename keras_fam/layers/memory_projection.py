@@ -1,4 +1,4 @@
-"""Projecting memory rows: a scan step is short, so all that can be prepared once per call is."""
+"""Projecting memory rows: a scan step is short, so all that can be prepared once per call is prepared."""
 
 from keras import ops
 
@@ -7,20 +7,20 @@ from keras_fam.layers.fast_call import cast, frozen_kernel, has_lora, is_plain, 
 from keras_fam.ops.rope import rotate_whole
 
 
-class MemoryRows:
+class MemoryProjection:
     """Queries, keys and values of memory rows, with one product and one rotation for all.
 
     Joined kernels and tables are tensors of the call in which the object is made: it does not outlive it.
 
     Args:
         layer: a `FeedbackAttention`.
-        with_query: whether queries are wanted (not if `fam_query="static"`, whose queries do not change).
+        with_query: whether queries are wanted (not where other rows write the memory, see `WritingRows`).
     """
 
     def __init__(self, layer, with_query):
         self.layer, self.with_query = layer, with_query
         parts = [layer.query] * with_query + [layer.key, layer.value]
-        self.joined = all(map(is_plain, parts)) and not layer.positions.zero and not weights_are_divided()
+        self.joined = all(map(is_plain, parts)) and not weights_are_divided()
         if not self.joined:
             return
         self.heads = (layer.num_query_heads if with_query else 0, layer.num_key_value_heads)
@@ -33,17 +33,16 @@ class MemoryRows:
         tables = layer.positions.memory_heads(*self.heads, layer.query_scale)
         self.table = tuple(None if table is None else ops.convert_to_tensor(table) for table in tables)
 
-    def __call__(self, normed, start):
+    def __call__(self, normed):
         """Rotated, scaled queries `[B, F, N, H]` (None without), rotated keys and values `[B, F, K, H]`.
 
         Args:
             normed: `[B, F, D]`, normed memory rows.
-            start: absolute place of the block that reads them, float `[B]`; read for `fam_position="zero"` only.
         """
         layer = self.layer
         if not self.joined:
-            query = layer.memory_query(normed, start) if self.with_query else None
-            return query, *layer.memory_key_value(normed, start)
+            query = layer.memory_query(normed) if self.with_query else None
+            return query, *layer.memory_key_value(normed)
         queries, keys = self.heads
         rows = cast(ops.reshape(normed, (-1, normed.shape[-1])), layer.compute_dtype)
         rows = self._with_lora(rows, ops.matmul(rows, self.kernel))

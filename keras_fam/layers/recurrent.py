@@ -1,253 +1,167 @@
-"""What every layer that carries a state shares: Keras' RNN convention around one pure function."""
+"""`Recurrent`: what layers and models with a state share, Keras' RNN convention around one pure function."""
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_fam.distribution.state_sharding import state_variables
-from keras_fam.layers.quantization import QuantizedSublayersMixin, check_training, require_exact_kernels
-from keras_fam.ops import ragged as row_ops
+from keras_fam.layers.chunk import make_chunk
+from keras_fam.layers.quantization import QuantizedSublayersMixin, check_training
+from keras_fam.ops import ragged
 from keras_fam.ops.backend import wait_for
-from keras_fam.state import check_finite, check_structure, map_specs, where_rows
+from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
-class StreamingLayer(QuantizedSublayersMixin, keras.layers.Layer):
-    """Base of the layers that read a stream `[B, T, D]` block by block.
+class Recurrent(QuantizedSublayersMixin):
+    """Calls, padding and checks of a layer or model that reads a stream block by block.
 
-    A subclass implements `state_spec`, `get_initial_state` and `_advance`; calls, padding, checks and `stateful=True`
-    are here.
+    A subclass has `block_size`, `state_spec`, `get_initial_state` and `read`, and may change what stands under
+    "What a subclass provides".
     """
-
-    def __init__(self, *, stateful=False, **kwargs):
-        # A state holds float32 memory whatever the compute dtype: Keras must not cast nested arguments.
-        super().__init__(autocast=False, **kwargs)
-        self.stateful = stateful
-        self.supports_masking = True
-        self._state_variables = None
-        self._needs_reset = None
-
-    @classmethod
-    def from_config(cls, config):
-        if "go_backwards" in config:  # `keras.layers.Bidirectional` asks for it
-            raise ValueError(
-                f"{cls.__name__} reads a stream forwards only, so `keras.layers.Bidirectional` cannot wrap it. Use two "
-                "layers, the second on `keras.ops.flip(x, axis=1)`, and add or concatenate their outputs."
-            )
-        return super().from_config(config)
 
     # What a subclass provides -----------------------------------------------------------------------------------
 
     def state_spec(self, batch_size=None):
+        """`StreamState` of `Spec`s (shape and dtype), for `batch_size` rows."""
         raise NotImplementedError
 
     def get_initial_state(self, batch_size):
+        """The `StreamState` of `batch_size` rows before their first token."""
         raise NotImplementedError
 
-    def _advance(self, x, state, *, start, lengths=None, training=False, keep_state=True):
+    def read(self, x, state, chunk, *, training=False):
+        """Reads a chunk.
+
+        Args:
+            x: the tokens, as `check_inputs` returns them.
+            state: `StreamState`.
+            chunk: `Chunk`, how the tokens lie in blocks.
+            training: whether dropout and noise are applied.
+
+        Returns:
+            `(outputs, state)`; the state may be None unless `chunk.keep_state`.
+        """
         raise NotImplementedError
+
+    def check_inputs(self, inputs, padding_mask=None):
+        """`(x, padding_mask)` of the inputs of a call; raises ValueError if they cannot be read."""
+        raise NotImplementedError
+
+    def check_values(self, x, lengths=None, padding_mask=None):
+        """Raises ValueError if values that can be read now cannot be right."""
+
+    def sequence_state(self, batch_size, training):
+        """The state that whole sequences start from."""
+        return self.get_initial_state(batch_size)
+
+    def held_state(self, x):
+        """The `StreamState` that the layer holds between calls (`stateful=True`), else None."""
+        return None
+
+    def needs_state(self, training):
+        """Whether the state after a whole sequence is of use even if it is not returned."""
+        return False
+
+    def finish_call(self, before, state, held, training):
+        """Called with the state after a call that was not given `initial_state`."""
 
     # The public calls -------------------------------------------------------------------------------------------
 
-    def call(self, x, padding_mask=None, initial_state=None, return_state=False, training=None, mask=None):
-        """Reads a whole sequence, or the next part of one.
+    def call(self, inputs, padding_mask=None, initial_state=None, return_state=False, training=None, mask=None):
+        """Reads whole sequences, or the next part of them.
 
         Args:
-            x: `[B, T, D]`, T ≥ 1.
-            padding_mask: None, or bool `[B, T]`, True at real tokens. Padding does not exist for the stream: it fills
-                no block, reaches no key and no memory, and its outputs are 0.
-            initial_state: None (each row starts anew, or goes on where it was if `stateful=True`) or a `StreamState`.
-            return_state: whether to return `(y, state)` instead of `y`, as Keras' RNN layers do.
-            training: whether dropout is applied.
+            inputs: `[B, T, D]` for a layer; int `[B, T]` token ids for a model, or a dict of `"token_ids"` and
+                `"padding_mask"`. T ≥ 1.
+            padding_mask: None, or bool `[B, T]`, True at real tokens. Padding is ignored and never enters the state;
+                its outputs are 0.
+            initial_state: None or a `StreamState` to continue from. None starts every row from the beginning, or from
+                where it is if the layer has `stateful=True`.
+            return_state: whether to return `(outputs, state)` instead of `outputs`, as Keras' RNN layers do.
+            training: whether dropout, noise and Random State Passing are applied.
             mask: Keras' implicit mask, used if `padding_mask` is None.
 
         Returns:
-            `y` `[B, T, D]` in the compute dtype, or `(y, state)`.
+            `outputs` `[B, T, …]` in the compute dtype, or `(outputs, state)`.
 
         Raises:
-            ValueError: for T = 0, a wrong width, or a state of other rows, another layer, or with NaN in it.
+            ValueError: for T = 0, inputs of another shape, or a state of other rows, another layer, or with NaN in it.
         """
-        padding_mask = mask if padding_mask is None else padding_mask
-        self._check_input(x)
+        if padding_mask is None and not isinstance(mask, dict):  # Keras hands in one mask per entry of a dict
+            padding_mask = mask
+        x, padding_mask = self.check_inputs(inputs, padding_mask)
+        self.check_values(x, padding_mask=padding_mask)
         check_training(self, training)
-        x = ops.cast(x, self.compute_dtype)
-        lengths = None
+        lengths, training = None, bool(training)
         if padding_mask is not None:
             check_padding_mask(padding_mask, x)
-            x, lengths = row_ops.pack_left(x, padding_mask)
-        batch_size = ops.shape(x)[0]
-        remember = self.stateful and initial_state is None
+            x, lengths = ragged.pack_left(x, padding_mask)
+        batch_size, held = ops.shape(x)[0], None
         if initial_state is not None:
             check_structure(initial_state, self.state_spec(x.shape[0]), self.name)
             check_finite(initial_state, self.name)
-            state, start = initial_state, "anywhere"
-        elif self.stateful:
-            state, start = self._read_state(x), "anywhere"
+            state, alignment = initial_state, "unaligned"
+        elif (held := self.held_state(x)) is not None:
+            state, alignment = held, "unaligned"
         else:
-            state, start = self.get_initial_state(batch_size), "fresh"
-        y, state = self._advance(
-            x, state, start=start, lengths=lengths, training=bool(training), keep_state=return_state or remember
-        )
-        if padding_mask is not None:
-            y = row_ops.unpack_left(y, padding_mask)
-        if remember:
             with wait_for(x):
-                self._write_state(state)
-        return (y, state) if return_state else y
+                state, alignment = self.sequence_state(batch_size, training), "initial"
+            if lengths is not None:
+                state = state._replace(position=broadcast_position(state.position, batch_size))
+        wanted = initial_state is None and (held is not None or self.needs_state(training))
+        before = state
+        outputs, state = self._forward(x, state, alignment, lengths, training, keep_state=return_state or wanted)
+        if wanted:
+            with wait_for(x):
+                self.finish_call(before, state, held, training)
+        if padding_mask is not None:
+            outputs = ragged.unpack_left(outputs, padding_mask)
+        if not return_state:
+            return outputs
+        return outputs, state._replace(position=broadcast_position(state.position, batch_size))
 
-    def advance(self, x, state, *, lengths=None, reset=None, aligned=False, training=False):
+    def advance(self, inputs, state, *, lengths=None, reset=None, aligned=False, training=False):
         """The pure function behind every call: the next tokens in, outputs and the next state out.
 
         Args:
-            x: `[B, T, D]`, T ≥ 1.
+            inputs: `[B, T, D]` for a layer, int `[B, T]` token ids for a model; T ≥ 1.
             state: `StreamState` of B rows.
             lengths: None, or int32 `[B]`: how many of the T tokens exist in each row (the first ones).
-            reset: None, or bool `[B]`: rows that start anew before these tokens.
+            reset: None, or bool `[B]`: rows that are reset before these tokens.
             aligned: a promise that every row with tokens stands at the start of a block; saves work.
-            training: whether dropout is applied.
+            training: whether dropout and noise are applied.
 
         Returns:
-            `(y, state)`: `[B, T, D]`, zeros behind a row's length; and the state after the tokens.
+            `(outputs, state)`: `[B, T, …]`, zeros behind a row's length; and the state after the tokens.
 
         Raises:
-            ValueError: as `call`.
+            ValueError: as a call.
         """
-        self._check_input(x)
+        x, _ = self.check_inputs(inputs)
+        self.check_values(x, lengths)
         check_training(self, training)
+        if not self.built:
+            self.build(x.shape)
         check_structure(state, self.state_spec(x.shape[0]), self.name)
-        x = ops.cast(x, self.compute_dtype)
         if reset is not None:
             state = where_rows(ops.cast(reset, "bool"), self.get_initial_state(ops.shape(x)[0]), state)
         if lengths is not None:
             lengths = ops.clip(ops.cast(lengths, "int32"), 0, ops.shape(x)[1])
-        start = "boundary" if aligned else "anywhere"
-        y, state = self._advance(x, state, start=start, lengths=lengths, training=training)
+        outputs, state = self._forward(x, state, "block" if aligned else "unaligned", lengths, training)
         if lengths is not None:
-            y = row_ops.zero_rows(y, ops.arange(ops.shape(y)[1], dtype="int32") < ops.expand_dims(lengths, 1))
-        return y, state
+            real = ops.arange(ops.shape(outputs)[1], dtype="int32") < ops.expand_dims(lengths, 1)
+            outputs = ragged.zero_rows(outputs, real)
+        return outputs, state
 
-    def compute_output_spec(self, x, padding_mask=None, initial_state=None, return_state=False, **kwargs):
-        self._check_input(x)
-        y = keras.KerasTensor((*x.shape[:-1], self._width(x)), self.compute_dtype)
+    def _forward(self, x, state, alignment, lengths, training, keep_state=True):
+        chunk = make_chunk(x, state.position, self.block_size, alignment, lengths=lengths, keep_state=keep_state)
+        return self.read(x, state, chunk, training=bool(training))
+
+    def compute_output_spec(self, inputs, padding_mask=None, initial_state=None, return_state=False, **kwargs):
+        x, _ = self.check_inputs(inputs)
+        outputs = keras.KerasTensor((*x.shape[:2], self.output_width), self.compute_dtype)
         if not return_state:
-            return y
+            return outputs
         spec = self.state_spec(x.shape[0])
-        return y, map_specs(lambda s: keras.KerasTensor(s.shape, s.dtype), spec)
-
-    def compute_output_shape(self, input_shape, *args, **kwargs):
-        return tuple(input_shape)
-
-    def _width(self, x):
-        return x.shape[-1]
-
-    # stateful=True ----------------------------------------------------------------------------------------------
-
-    def reset_state(self, rows=None):
-        """Lets rows of a stateful layer start anew at the next call.
-
-        Args:
-            rows: None (all rows) or a sequence of row numbers.
-
-        Raises:
-            ValueError: if the layer is not stateful, or a row does not exist.
-        """
-        if not self.stateful:
-            raise ValueError(
-                f"Only a layer with `stateful=True` holds a state to reset; {self.name} has stateful=False. "
-                "Build it with `stateful=True`, or drop the state that you carry yourself."
-            )
-        if self._needs_reset is None:
-            return
-        flags = np.array(ops.convert_to_numpy(self._needs_reset.value))
-        if rows is None:
-            flags[:] = True
-        else:
-            rows = np.asarray(rows).reshape(-1)
-            if not rows.size:
-                return
-            if rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(flags):
-                raise ValueError(
-                    f"Rows to reset are numbers from 0 to {len(flags) - 1}, the rows of {self.name}; received "
-                    f"{rows.tolist()}."
-                )
-            flags[rows] = True
-        self._needs_reset.assign(flags)
-
-    @property
-    def state(self):
-        """The `StreamState` that a stateful layer holds (a copy); rows waiting for a reset are shown as fresh."""
-        if self._state_variables is None:
-            raise ValueError(f"{self.name} holds no state: it has stateful={self.stateful}, built={self.built}.")
-        return self._read_state(None)
-
-    def _build_state(self, batch_size):
-        if not self.stateful:
-            return
-        if batch_size is None:
-            raise ValueError(
-                f"stateful=True holds the state of a fixed number of rows; {self.name} was built with batch size "
-                "None. Give the input a batch shape, for example keras.Input(batch_shape=(4, None, 256))."
-            )
-
-        self._state_spec = self.state_spec(batch_size)
-        self._state_variables = state_variables(self._state_spec, self.add_weight)
-        self._needs_reset = self.add_weight(
-            shape=(batch_size,), dtype="bool", initializer="ones", trainable=False, name="needs_reset"
-        )
-
-    def _read_state(self, x):
-        batch_size = self._needs_reset.shape[0]
-        if x is not None and x.shape[0] is not None and x.shape[0] != batch_size:
-            raise ValueError(
-                f"A stateful layer is called with the number of rows that it was built for; {self.name} holds "
-                f"{batch_size} rows, received {x.shape[0]}. Pad the batch, or build the layer for {x.shape[0]} rows."
-            )
-        # Torch writes variables in place: what autograd still needs has to be a copy.
-        values = iter([ops.copy(v.value) for v in self._state_variables])
-        state = map_specs(lambda spec: next(values), self._state_spec)
-        return where_rows(ops.copy(self._needs_reset.value), self.get_initial_state(batch_size), state)
-
-    def _write_state(self, state):
-        for variable, value in zip(self._state_variables, keras.tree.flatten(state), strict=True):
-            variable.assign(ops.stop_gradient(value) if keras.backend.is_float_dtype(variable.dtype) else value)
-        self._needs_reset.assign(ops.zeros(self._needs_reset.shape, "bool"))
-
-    def save_own_variables(self, store):
-        """Saves the layer's weights. The state of a stream is no weight: it has files of its own."""
-        require_exact_kernels(self)
-        for i, variable in enumerate(self._own_weights()):
-            store[str(i)] = variable.numpy()
-
-    def load_own_variables(self, store):
-        own = self._own_weights()
-        if len(store.keys()) != len(own):
-            raise ValueError(
-                f"{self.name} has {len(own)} weights of its own ({[v.name for v in own]}); the file has "
-                f"{len(store.keys())}. Build the layer with the settings that it was saved with."
-            )
-        for i, variable in enumerate(own):
-            variable.assign(store[str(i)])
-
-    def _own_weights(self):
-        held = {id(v) for v in self._state_variables or []} | {id(self._needs_reset)}
-        return [v for v in self._trainable_variables + self._non_trainable_variables if id(v) not in held]
-
-    # Checks -----------------------------------------------------------------------------------------------------
-
-    def _check_input(self, x):
-        if len(x.shape) != 3:
-            raise ValueError(
-                f"{self.name} reads [batch, tokens, width]; received shape {tuple(x.shape)}. Add or remove axes."
-            )
-        if x.shape[1] == 0:
-            raise ValueError(
-                f"{self.name} reads at least one token (T ≥ 1); received shape {tuple(x.shape)}. Skip empty chunks."
-            )
-        width = getattr(self, "hidden_dim", None)
-        if self.built and width is not None and x.shape[-1] != width:
-            raise ValueError(
-                f"{self.name} was built for width {width}; received shape {tuple(x.shape)}. Project the input to "
-                f"{width} features, or build another layer."
-            )
+        return outputs, map_specs(lambda s: keras.KerasTensor(s.shape, s.dtype), spec)
 
 
 def check_padding_mask(padding_mask, x):
@@ -256,5 +170,6 @@ def check_padding_mask(padding_mask, x):
     fits = len(shape) == 2 and all(a is None or b is None or a == b for a, b in zip(shape, wanted, strict=True))
     if not fits:
         raise ValueError(
-            f"`padding_mask` has one entry per token, shape {wanted} (True at real tokens); received shape {shape}."
+            f"`padding_mask` must have one entry per token, shape {wanted} (True at real tokens); received shape "
+            f"{shape}."
         )

@@ -3,50 +3,59 @@
 import keras
 from keras import ops
 
-from keras_fam.layers.chunk_attention import Hooks
 from keras_fam.layers.fast_call import run
 from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.normalization import NORMS
-from keras_fam.layers.recurrent import StreamingLayer
-from keras_fam.layers.validation import require_one_of, require_positive, require_whole
-from keras_fam.ops.random import dropout, fold_in, next_seed
+from keras_fam.layers.recurrent_layer import RecurrentLayer
+from keras_fam.layers.validation import require_one_of, require_positive, require_positive_integer
+from keras_fam.ops.random import dropout, fold_in
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMBlock(StreamingLayer):
-    """A Transformer layer that reads a stream block by block and carries a memory of fixed size.
+class TransformerFAMBlock(RecurrentLayer):
+    """A Transformer layer that reads a stream block by block and carries a memory of constant size.
 
-    Tokens and memory rows pass the same weights: norm, attention, residual, norm, feed-forward, residual. Put several
-    in any Keras model, each with its own first memory; `TransformerFAMBackbone` shares one memory prompt among them.
+    Tokens and memory rows pass through the same weights: norm, attention, residual, norm, feed-forward, residual. Put
+    several in any Keras model, each with its own first memory; `TransformerFAMBackbone` shares one memory prompt among
+    its layers.
 
     ```python
     x = keras.Input((None, 256))
     y = keras_fam.TransformerFAMBlock(num_query_heads=4, head_dim=64, intermediate_dim=1024, block_size=128,
                                       memory_segments=1, fam_length=16)(x)
+    model = keras.Model(x, keras.layers.Dense(10)(y))
+
+    block = keras_fam.TransformerFAMBlock(2, 8, 32, block_size=8, memory_segments=1, fam_length=2)
+    first, second = np.random.normal(size=(2, 3, 20, 16))
+    y, state = block(first, return_state=True)
+    y, state = block(second, initial_state=state, return_state=True)  # the same as one call of 40 tokens
     ```
 
     Args:
         num_query_heads: N.
-        head_dim: H.
+        head_dim: H, even if positions are rotated.
         intermediate_dim: width of the feed-forward part.
+        num_key_value_heads: K, a divisor of N; None means N (multi-head), 1 is multi-query.
+        block_size: S, tokens in a block.
+        memory_segments: m, past blocks whose keys and values stay visible.
+        fam_length: F, rows of memory; 0 is TransformerBSWA.
+        attention_window, num_visible_memories, initial_fam, memory_update, fam_position, fam_query_position,
+            stop_memory_gradient, rope_wavelength, rope_scaling, attention_scale, attention_softcap,
+            use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
+            The epsilon defaults to `norm_epsilon`.
         activation: any Keras activation.
         gated: whether the feed-forward part is `down(activation(gate(x)) * up(x))` or `down(activation(up(x)))`.
         norm: `"rms_norm"`, `"offset_rms_norm"` (multiplies by 1 + scale: Gemma) or `"layer_norm"`.
         norm_epsilon: epsilon of the norms.
         use_post_norm: whether attention and feed-forward outputs are normed before they are added (Gemma 2).
-        use_feedforward_bias: biases of the feed-forward part.
+        use_feedforward_bias: whether the feed-forward part has biases.
         dropout: rate, after attention and after feed-forward, for tokens and memory rows, in training.
-        stateful: whether calls go on where the last one stopped; needs a fixed batch size. See `reset_state`.
+        stateful: whether a call continues where the last one stopped; needs a fixed batch size. See `reset_state`.
         kernel_initializer: initializer of all kernels.
-        **attention: every other setting of `FeedbackAttention`: `num_key_value_heads`, `block_size`,
-            `memory_segments`, `fam_length`, `attention_window`, `num_visible_memories`, `initial_fam`, `fam_position`,
-            `fam_query_position`, `fam_query`, `fam_feedback`, `fam_noise`, `fam_recurrence`, `segment_source`,
-            `stop_memory_gradient`, `rope_wavelength`, `rope_scaling`, `attention_scale`, `attention_softcap`,
-            `use_attention_bias`, `use_output_bias`, `use_query_key_norm`, `query_key_norm`,
-            `query_key_norm_epsilon`; and Keras' `name`, `dtype`, `trainable`.
+        name, dtype, trainable: as in any Keras layer.
 
     Calls: `y = block(x)`, `y, state = block(x, padding_mask=..., initial_state=..., return_state=True)`, and the pure
-    `y, state = block.advance(x, state)`; see `StreamingLayer`.
+    `y, state = block.advance(x, state)`.
 
     Raises:
         ValueError: if settings contradict each other.
@@ -65,6 +74,25 @@ class TransformerFAMBlock(StreamingLayer):
         head_dim: int,
         intermediate_dim: int,
         *,
+        num_key_value_heads: int | None = None,
+        block_size: int = 1024,
+        memory_segments: int = 3,
+        fam_length: int = 64,
+        attention_window: int | None = None,
+        num_visible_memories: int = 1,
+        initial_fam: str = "prompt",
+        memory_update="residual",
+        fam_position: str = "last",
+        fam_query_position: str = "previous",
+        stop_memory_gradient: bool = False,
+        rope_wavelength: float | None = 10_000.0,
+        rope_scaling: dict | None = None,
+        attention_scale: float | None = None,
+        attention_softcap: float | None = None,
+        use_attention_bias: bool = False,
+        use_output_bias: bool = False,
+        query_key_norm: str | None = None,
+        query_key_norm_epsilon: float | None = None,
         activation="silu",
         gated: bool = True,
         norm: str = "rms_norm",
@@ -77,14 +105,14 @@ class TransformerFAMBlock(StreamingLayer):
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
-        **attention,
     ):
+        attention = {name: value for name, value in locals().items() if name in FeedbackAttention.SETTINGS}
         super().__init__(stateful=stateful, name=name, dtype=dtype, trainable=trainable)
-        require_whole("intermediate_dim", intermediate_dim, 1)
+        require_positive_integer("intermediate_dim", intermediate_dim)
         require_one_of("norm", norm, NORMS)
         require_positive("norm_epsilon", norm_epsilon)
         if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` is a rate from 0 to below 1; received {dropout!r}.")
+            raise ValueError(f"`dropout` must be a rate in [0, 1); received {dropout!r}.")
         self.intermediate_dim = intermediate_dim
         self.activation = keras.activations.get(activation)
         self.gated = gated
@@ -94,22 +122,19 @@ class TransformerFAMBlock(StreamingLayer):
         self.use_feedforward_bias = use_feedforward_bias
         self.dropout = dropout
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        attention.setdefault("query_key_norm_epsilon", norm_epsilon)
-        attention.setdefault("query_key_norm", "rms_norm" if norm == "layer_norm" else norm)
+        attention["query_key_norm_epsilon"] = norm_epsilon if query_key_norm_epsilon is None else query_key_norm_epsilon
         self.attention = FeedbackAttention(
-            num_query_heads,
-            head_dim,
-            kernel_initializer=self.kernel_initializer,
-            name="attention",
-            dtype=self.dtype_policy,
-            **attention,
+            **attention, kernel_initializer=self.kernel_initializer, name="attention", dtype=self.dtype_policy
         )
         self.seed_generator = keras.random.SeedGenerator() if self.draws else None
+
+    def attention_layer(self):
+        return self.attention
 
     @property
     def draws(self):
         """Whether training needs random numbers."""
-        return bool(self.dropout or self.attention.fam_noise)
+        return bool(self.dropout or self.attention.draws)
 
     def build(self, input_shape):
         self.hidden_dim = input_shape[-1]
@@ -145,29 +170,31 @@ class TransformerFAMBlock(StreamingLayer):
         dense.build((None, None, input_shape[-1]))
         return dense
 
-    # The layer itself: one function for tokens and for memory rows -----------------------------------------------
+    # Around the attention: one function for tokens and for memory rows ---------------------------------------------
 
-    def transform(self, attended, residual, seed=None):
-        """Everything after the attention: residual, norm, feed-forward, residual.
+    def pre_norm(self, x):
+        return run(self.attention_norm, x)
+
+    def token_output(self, attended, x, seed=None):
+        """Everything after the attention: projection, residual, norm, feed-forward, residual.
 
         Args:
-            attended: `[B, *, D]`, output of the attention projection.
-            residual: `[B, *, D]`; its dtype is that of the result (float32 or wider for memory rows).
+            attended: `[B, *, N, H]`.
+            x: `[B, *, D]`, the residual; its dtype is that of the result (float32 or wider for memory rows).
             seed: None, or an integer tensor `[2]` for dropout.
         """
+        attended = self.attention.project_output(attended)
         if self.post_attention_norm is not None:
             attended = run(self.post_attention_norm, attended)
         attended = dropout(attended, self.dropout, seed)
-        x = residual + ops.cast(attended, residual.dtype)
+        x = x + ops.cast(attended, x.dtype)
         y = self.feed_forward(run(self.feedforward_norm, x))
         if self.post_feedforward_norm is not None:
             y = run(self.post_feedforward_norm, y)
         y = dropout(y, self.dropout, fold_in(seed, 1))
-        return x + ops.cast(y, residual.dtype)
+        return x + ops.cast(y, x.dtype)
 
-    def norm_input(self, x):
-        """The norm before the attention."""
-        return run(self.attention_norm, x)
+    memory_output = token_output  # Alg. 2: the memory passes the layer's own weights
 
     def feed_forward(self, x):
         """`[B, *, D]` to `[B, *, D]`."""
@@ -177,45 +204,15 @@ class TransformerFAMBlock(StreamingLayer):
         hidden = self.activation(hidden) if self.gate is None else self.activation(run(self.gate, x)) * hidden
         return ops.reshape(run(self.down, hidden), shape)
 
-    def forward_prompt(self, rows):
-        """Memory rows `[1, F, D]` through this layer alone, seeing each other only: the next layer's F_0 (App. B.1)."""
-        attended = self.attention.attend_rows(self.norm_input(rows))
-        return self.transform(attended, rows)
-
-    def hooks(self, seed=None):
-        return Hooks(self.norm_input, self.transform, self.transform, seed)
-
-    def advance_layer(self, x, state, position, *, seed=None, **options):
-        """See `keras_fam.layers.chunk_attention.advance_layer`; norms and feed-forward are this block's."""
-        return self.attention.advance_layer(x, state, position, self.hooks(seed), **options)
-
-    def _advance(self, x, state, *, start, lengths=None, training=False, keep_state=True):
-        seed = next_seed(self.seed_generator, x) if training else None
-        return self.attention.advance_one(
-            x, state, self.hooks(seed), start=start, lengths=lengths, keep_state=keep_state
-        )
-
-    # State ------------------------------------------------------------------------------------------------------
-
-    def layer_state_spec(self, batch_size=None):
-        return self.attention.layer_state_spec(batch_size)
-
-    def state_spec(self, batch_size=None):
-        """`StreamState` of `Spec`s (shape and dtype), for `batch_size` rows."""
-        return self.attention.state_spec(batch_size)
-
-    def initial_layer_state(self, batch_size, fam, **options):
-        """See `FeedbackAttention.initial_layer_state`."""
-        return self.attention.initial_layer_state(batch_size, fam, norm=self.norm_input, **options)
-
-    def get_initial_state(self, batch_size):
-        """The `StreamState` of `batch_size` rows that start anew."""
-        return self.attention.initial_state_of(batch_size, norm=self.norm_input)
+    def forward_rows(self, rows):
+        """Memory rows `[B, F, D]` through this layer alone, seeing each other only: the next layer's F_0 (App. B.1)."""
+        return self.memory_output(self.attention.attend_rows(self.pre_norm(rows)), rows)
 
     def get_config(self):
         config = super().get_config()
         config.pop("autocast", None)
-        config.update({name: getattr(self.attention, name) for name in self.attention.SETTINGS})
+        attention = self.attention.get_config()
+        config.update({name: attention[name] for name in self.attention.SETTINGS})
         config.update({name: getattr(self, name) for name in self.SETTINGS})
         config["activation"] = keras.activations.serialize(self.activation)
         config["kernel_initializer"] = keras.initializers.serialize(self.kernel_initializer)

@@ -79,7 +79,7 @@ def weight_shapes(settings: dict) -> dict:
     for name in ("key", "value"):
         block |= dense(f"attention/{name}", (D, K, H), (K, H), "use_attention_bias")
     block |= dense("attention/output", (N, H, D), (D,), "use_output_bias")
-    if settings.get("use_query_key_norm"):
+    if settings.get("query_key_norm"):
         block |= {"attention/query_norm/scale": (H,), "attention/key_norm/scale": (H,)}
     if settings.get("use_post_norm"):
         block |= norm("post_attention_norm") | norm("post_feedforward_norm")

@@ -8,6 +8,7 @@ that is computed again, what the layers got is kept, and each is computed once m
 import keras
 from keras import ops
 
+from keras_fam.layers.chunk import make_chunk
 from keras_fam.models.scan_layers import SEEDS_PER_LAYER
 from keras_fam.ops.backend import remat
 from keras_fam.ops.random import fold_in
@@ -26,22 +27,23 @@ def step_blocks(model, training):
     return max(1, STEP_TOKENS // model.block_size)
 
 
-def scan_steps(model, x, state, size, *, lengths=None, seed=None, training=False, keep_state=True):
-    """`_advance_layers` of a backbone for rows that stand at the start of a block, `size` tokens at a time.
+def scan_steps(model, x, state, chunk, size, *, seed=None, training=False):
+    """`forward_layers` of a backbone for an aligned chunk, `size` tokens at a time.
 
     Args:
         model: a `TransformerFAMBackbone`.
         x: `[B, T, D]` embeddings, T > `size`.
         state: `StreamState`.
+        chunk: the aligned `Chunk` of all T tokens.
         size: tokens in a step, whole blocks.
-        lengths, seed, keep_state: see `advance_layer` in `layers/reading.py`.
+        seed: None, or an integer tensor `[2]`.
         training: whether gradients will be asked for.
 
     Returns:
         `([B, T, D], state)`.
     """
     length, every = x.shape[1], model.backpropagation_steps if training else None
-    num_steps = length // size
+    num_steps, lengths = length // size, chunk.lengths
     whole = ops.reshape(x[:, : num_steps * size], (-1, num_steps, size, x.shape[-1]))
     xs = {"x": ops.moveaxis(whole, 1, 0)}
     index = ops.arange(num_steps, dtype="int32")
@@ -50,27 +52,24 @@ def scan_steps(model, x, state, size, *, lengths=None, seed=None, training=False
     if seed is not None:
         xs["seed"] = fold_in(seed, 1 + SEEDS_PER_LAYER * model.num_layers * index)
     if every:
-        xs["cut"] = ops.logical_and(ops.mod(index, every) == 0, index > 0)
+        xs["stop_gradient"] = ops.logical_and(ops.mod(index, every) == 0, index > 0)
     # Rows that fill whole blocks have no unfinished one to carry.
     spare = model.block_size if lengths is None else 0
 
-    def body(state, given):
+    def forward(x, state, lengths, seed, keep_state=True):
+        part = make_chunk(x, state.position, model.block_size, "block", lengths=lengths, keep_state=keep_state)
+        return model.forward_layers(x, state, part, seed=seed, training=training)
+
+    def step(state, given):
         if every:
-            state = cut(given["cut"], state)
-        y, state = model._advance_layers(
-            given["x"],
-            unpack(state, spare),
-            start="boundary",
-            lengths=given.get("lengths"),
-            seed=given.get("seed"),
-            training=training,
-        )
+            state = stop_gradient_where(given["stop_gradient"], state)
+        y, state = forward(given["x"], unpack(state, spare), given.get("lengths"), given.get("seed"))
         return pack(state, spare), (y,)
 
     if model.remat and training:
         read = [v for v in model.weights if keras.backend.is_float_dtype(v.dtype)]
-        body = remat(body, read)
-    state, (ys,) = scan(body, pack(state, spare), xs, (xs["x"][0],))
+        step = remat(step, read)
+    state, (ys,) = scan(step, pack(state, spare), xs, (xs["x"][0],))
     state = unpack(state, spare)
     y = ops.reshape(ops.moveaxis(ys, 0, 1), (-1, num_steps * size, x.shape[-1]))
     if not length % size:
@@ -78,25 +77,17 @@ def scan_steps(model, x, state, size, *, lengths=None, seed=None, training=False
     if every and num_steps % every == 0:
         state = keras.tree.map_structure(ops.stop_gradient, state)
     rest = None if lengths is None else ops.maximum(lengths - num_steps * size, 0)
-    last, state = model._advance_layers(
-        x[:, num_steps * size :],
-        state,
-        start="boundary",
-        lengths=rest,
-        seed=seed,
-        training=training,
-        keep_state=keep_state,
-    )
+    last, state = forward(x[:, num_steps * size :], state, rest, seed, chunk.keep_state)
     return ops.concatenate([y, last], axis=1), state
 
 
-def cut(where, state):
-    """`state`, through which no gradient passes if the bool scalar `where` holds."""
+def stop_gradient_where(condition, state):
+    """`state`, through which no gradient passes if the bool scalar `condition` holds."""
 
     def part(x):
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
             return x
-        return ops.where(where, ops.stop_gradient(x), x)
+        return ops.where(condition, ops.stop_gradient(x), x)
 
     return keras.tree.map_structure(part, state)
 

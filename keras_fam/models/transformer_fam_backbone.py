@@ -1,57 +1,51 @@
 """TransformerFAMBackbone: embedding, memory prompt, layers, final norm."""
 
 import functools
-import inspect
-import math
 
 import keras
 from keras import ops
 
-from keras_fam.baselines.rmt import feed_to_bottom, scan_blocks
 from keras_fam.distribution.layout_map import layout_map
 from keras_fam.distribution.state_sharding import shard_output, shard_state
+from keras_fam.layers import memory_update as memory_updates
 from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
-from keras_fam.layers.validation import require_positive, require_whole
+from keras_fam.layers.validation import require_positive, require_positive_integer
 from keras_fam.models.initial_state import make_initial_state
 from keras_fam.models.lora import LoRAMixin
 from keras_fam.models.preset_io import PresetMixin, load_backbone
-from keras_fam.models.scan_layers import SEEDS_PER_LAYER, remat_layer, scan_layers_once
+from keras_fam.models.scan_layers import SEEDS_PER_LAYER, remat_layer, scan_layers
 from keras_fam.models.scan_steps import scan_steps, step_blocks
-from keras_fam.models.streaming_call import StreamingModelMixin
-from keras_fam.models.token_inputs import TokenInputsMixin
+from keras_fam.models.token_inputs import TokenInputs
 from keras_fam.ops.random import fold_in, next_seed
 from keras_fam.ops.token_ids import clip_token_ids
 from keras_fam.state import StreamState, advance_position, position_spec
 from keras_fam.training.checked_inputs import CheckedInputs
 
-# Settings of a block that the backbone decides itself.
-_OWN = {
-    "self",
-    "name",
-    "dtype",
-    "trainable",
-    "stateful",
-    "attention",
-    "kwargs",
-    "own_initial_fam",
-    "kernel_initializer",
-}
-
-
-def block_settings():
-    """Names of the settings that every layer of a backbone takes, from the signatures of block and attention."""
-    names = [*inspect.signature(TransformerFAMBlock.__init__).parameters]
-    names += inspect.signature(FeedbackAttention.__init__).parameters
-    return {name for name in names if name not in _OWN}
+# Settings that every layer of a backbone takes.
+BLOCK_SETTINGS = (*FeedbackAttention.SETTINGS, *TransformerFAMBlock.SETTINGS)
+_EQUAL_IN_ALL_LAYERS = ("block_size", "fam_length", "initial_fam", "num_visible_memories")
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
-class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsMixin, StreamingModelMixin, keras.Model):
+class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs, keras.Model):
     """Token ids to hidden states, with one memory per layer (Alg. 2, App. B).
 
     Weights are made at the first call, or by `build()`.
+
+    ```python
+    backbone = keras_fam.TransformerFAMBackbone(
+        vocabulary_size=1000, num_layers=2, hidden_dim=64, num_query_heads=4, intermediate_dim=128,
+        block_size=32, memory_segments=1, fam_length=8,
+    )
+    token_ids = np.random.randint(0, 1000, (2, 100))
+    hidden = backbone(token_ids)                                             # [2, 100, 64]
+    hidden, state = backbone(token_ids, return_state=True)
+    hidden, state = backbone(token_ids, initial_state=state, return_state=True)   # continues the texts
+
+    backbone = keras_fam.TransformerFAMBackbone(**keras_fam.model_config("small", vocabulary_size=5000))
+    ```
 
     Args:
         vocabulary_size: V.
@@ -59,39 +53,49 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
         hidden_dim: D.
         num_query_heads: N.
         intermediate_dim: width of the feed-forward part.
-        num_key_value_heads: K; None means N.
+        num_key_value_heads: K, a divisor of N; None means N.
         head_dim: H; None means D // N.
+        block_size: S, tokens in a block; the memory is written once per block.
+        memory_segments: m, past blocks whose keys and values stay visible.
+        fam_length: F, rows of memory in each layer; 0 is TransformerBSWA, without memory.
         initial_fam: `"prompt"` (default): F learned rows at token-embedding level, one set for the whole model,
-            forwarded through the layers alone; `"summary"`: the same rows ride up with block 1; `"prefix"`: a set per
-            layer (App. B.1). With memory, these rows are the only weights that a plain Transformer lacks.
+            forwarded through the layers alone; `"summary"`: the same rows pass up the layers with block 1, whose tokens
+            read no memory; `"prefix"`: a set per layer (App. B.1). With memory, these rows are the only weights that a
+            plain Transformer lacks.
+        memory_update: `"residual"` (the paper's), `"normalized"`, `"binary"`, or a `keras_fam.MemoryUpdate`, of which
+            each layer gets a copy.
+        attention_window, num_visible_memories, fam_position, fam_query_position, stop_memory_gradient,
+            rope_wavelength, rope_scaling, attention_scale, attention_softcap, use_attention_bias, use_output_bias,
+            query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
+        activation, gated, norm, norm_epsilon, use_post_norm, use_feedforward_bias, dropout: see `TransformerFAMBlock`.
         embedding_scale: None, or a factor of the token embeddings (Gemma).
         tie_weights: whether the output head is the transposed embedding.
         logit_softcap: None, or the soft cap of the logits (Gemma 2).
         layer_settings: None, or one dict per layer with settings of that layer alone (Gemma 3's local layers).
         random_state_passing: p of Random State Passing in training (App. B.2.3); 0 turns it off, the paper has 0.8.
             Or a schedule of it, see `RandomStatePassing`.
-        random_position_offset: whether Random Position Offset is drawn in training (App. B.2.2). Positions are
-            relative here, so it changes results for `fam_position="zero"` alone.
         blocks_per_step: how many blocks are advanced at a time: memory for a long input stays that of one step; no
             result changes. None chooses: steps of 4,096 tokens, but in training 4 blocks with `remat`, all without.
-        remat: whether each such step is computed again in the backward pass instead of being stored
-            (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same.
-            `"layers"`: so, and within a step each layer is computed once more, so that the insides of one layer are
-            held at a time. On a CPU, JAX saves nothing by it without `scan_layers`.
+        remat: whether each such step is rematerialized, that is, computed again in the backward pass instead of being
+            stored (`keras.remat`): only the states at the boundaries of steps are kept, and gradients stay the same.
+            `"layers"`: each layer within a step is rematerialized too, so that the activations of one layer are stored
+            at a time. On a CPU, JAX saves nothing by it without `scan_layers`.
         backpropagation_steps: None, or how many such steps gradients cross at most: states are detached after every
             so many steps of a call, counted from its start (truncated back-propagation). None: the whole call.
         scan_layers: whether a call of at least a block runs the layers, which must be equal, as one compiled loop:
             compile time no longer grows with their number (JAX, TensorFlow), at the price of one copy of the weights
             per call.
-        **block: every other setting of `TransformerFAMBlock`: `block_size`, `memory_segments`, `fam_length`, …
+        name, dtype, trainable: as in any Keras model.
 
     Calls: `hidden = backbone(token_ids)` with token ids int `[B, T]`, or a dict of `"token_ids"` and
     `"padding_mask"`; `hidden` is `[B, T, D]`. `hidden, state = backbone(..., initial_state=state, return_state=True)`.
     The pure function behind both is `advance`.
 
     Raises:
-        ValueError: for settings that contradict each other, and TypeError for unknown ones.
+        ValueError: for settings that contradict each other.
     """
+
+    block_class = TransformerFAMBlock
 
     def __init__(
         self,
@@ -103,13 +107,40 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
         *,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
+        # the stream and its memory
+        block_size: int = 1024,
+        memory_segments: int = 3,
+        fam_length: int = 64,
         initial_fam: str = "prompt",
+        memory_update="residual",
+        attention_window: int | None = None,
+        num_visible_memories: int = 1,
+        fam_position: str = "last",
+        fam_query_position: str = "previous",
+        stop_memory_gradient: bool = False,
+        # the Transformer layer
+        rope_wavelength: float | None = 10_000.0,
+        rope_scaling: dict | None = None,
+        attention_scale: float | None = None,
+        attention_softcap: float | None = None,
+        use_attention_bias: bool = False,
+        use_output_bias: bool = False,
+        query_key_norm: str | None = None,
+        query_key_norm_epsilon: float | None = None,
+        activation="silu",
+        gated: bool = True,
+        norm: str = "rms_norm",
+        norm_epsilon: float = 1e-6,
+        use_post_norm: bool = False,
+        use_feedforward_bias: bool = False,
+        dropout: float = 0.0,
+        # the model
         embedding_scale: float | None = None,
         tie_weights: bool = True,
         logit_softcap: float | None = None,
         layer_settings: list | None = None,
+        # training and speed
         random_state_passing=0.0,
-        random_position_offset: bool = False,
         blocks_per_step: int | None = None,
         remat: bool | str = False,
         backpropagation_steps: int | None = None,
@@ -117,60 +148,44 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
-        **block,
     ):
+        block_settings = {key: value for key, value in locals().items() if key in BLOCK_SETTINGS}
         super().__init__(name=name, dtype=dtype, trainable=trainable)
-        for key, value in (
-            ("vocabulary_size", vocabulary_size),
-            ("num_layers", num_layers),
-            ("hidden_dim", hidden_dim),
-        ):
-            require_whole(key, value, 1)
-        require_whole("num_query_heads", num_query_heads, 1)
+        sizes = {"vocabulary_size": vocabulary_size, "num_layers": num_layers, "hidden_dim": hidden_dim}
+        for key, value in {**sizes, "num_query_heads": num_query_heads}.items():
+            require_positive_integer(key, value)
         for key, value in (("blocks_per_step", blocks_per_step), ("backpropagation_steps", backpropagation_steps)):
             if value is not None:
-                require_whole(key, value, 1)
+                require_positive_integer(key, value)
         if logit_softcap is not None:
             require_positive("logit_softcap", logit_softcap)
-        unknown = sorted(set(block) - block_settings())
-        if unknown:
-            raise TypeError(
-                f"TransformerFAMBackbone knows no setting {unknown}; layers take {sorted(block_settings())}."
-            )
         if head_dim is None and hidden_dim % num_query_heads:
             raise ValueError(
-                "`hidden_dim` is a multiple of `num_query_heads` unless `head_dim` is given; received "
+                "`hidden_dim` must be a multiple of `num_query_heads` unless `head_dim` is given; received "
                 f"{hidden_dim} and {num_query_heads}."
             )
         if layer_settings is not None and len(layer_settings) != num_layers:
-            raise ValueError(f"`layer_settings` has one dict per layer, {num_layers}; received {len(layer_settings)}.")
+            raise ValueError(
+                f"`layer_settings` must have one dict per layer, {num_layers}; received {len(layer_settings)}."
+            )
         if remat not in (False, True, "layers"):
             raise ValueError(
-                f'`remat` is False, True (steps of blocks) or "layers" (and layers within them); received {remat!r}.'
+                f'`remat` must be False, True (steps of blocks) or "layers" (and layers within them); received '
+                f"{remat!r}."
             )
         if scan_layers and layer_settings is not None:
             raise ValueError(
-                "`scan_layers=True` runs all layers as one loop, so they are equal; received `layer_settings` too. "
+                "`scan_layers=True` runs all layers as one loop, so they must be equal; received `layer_settings` too. "
                 "Leave one of them out."
             )
-        if scan_layers and block.get("fam_recurrence") == "stack":
-            raise ValueError(
-                '`fam_recurrence="stack"` (RMT) hands the top layer\'s memory to the bottom one, which the loop of '
-                "`scan_layers=True` does not; received both. Leave one of them out."
-            )
         self.vocabulary_size, self.num_layers, self.hidden_dim = vocabulary_size, num_layers, hidden_dim
-        self.block_settings = {
-            "num_query_heads": num_query_heads,
-            "num_key_value_heads": num_query_heads if num_key_value_heads is None else num_key_value_heads,
-            "head_dim": hidden_dim // num_query_heads if head_dim is None else head_dim,
-            "intermediate_dim": intermediate_dim,
-            "initial_fam": initial_fam,
-            **block,
-        }
+        block_settings["num_key_value_heads"] = num_query_heads if num_key_value_heads is None else num_key_value_heads
+        block_settings["memory_update"] = memory_updates.serialize(memory_updates.get(memory_update))
+        block_settings["head_dim"] = hidden_dim // num_query_heads if head_dim is None else head_dim
+        self.block_settings = block_settings
         self.layer_settings = layer_settings
         self.initial_fam = initial_fam
         self.embedding_scale, self.tie_weights, self.logit_softcap = embedding_scale, tie_weights, logit_softcap
-        self.random_position_offset = random_position_offset
         self.backpropagation_steps = backpropagation_steps
         self.blocks_per_step, self.remat, self.scan_layers = blocks_per_step, remat, scan_layers
         self.token_embedding = keras.layers.ReversibleEmbedding(
@@ -182,31 +197,30 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
             dtype=self.dtype_policy,
             name="token_embedding",
         )
-        self.blocks = [
-            TransformerFAMBlock(
-                **{**self.block_settings, **(layer_settings[i] if layer_settings else {})},
-                own_initial_fam=initial_fam == "prefix",
-                kernel_initializer=keras.initializers.VarianceScaling(1.0, "fan_in", "truncated_normal"),
-                dtype=self.dtype_policy,
-                name=f"block_{i}",
-            )
-            for i in range(num_layers)
-        ]
+        self.blocks = [self._make_block(i) for i in range(num_layers)]
         first = self.blocks[0].attention
-        sizes = ("block_size", "fam_length", "initial_fam", "num_visible_memories", "fam_recurrence")
         for i, layer in enumerate(self.blocks):
-            for key in sizes:
+            for key in _EQUAL_IN_ALL_LAYERS:
                 if getattr(layer.attention, key) != getattr(first, key):
-                    raise ValueError(f"`{key}` is the same in all layers; layer_settings[{i}] changes it.")
+                    raise ValueError(f"`{key}` must be the same in all layers; layer_settings[{i}] changes it.")
         self.block_size, self.fam_length = first.block_size, first.fam_length
-        self.feeds_stack = bool(first.fam_length) and first.fam_recurrence == "stack"
         self.final_norm = self.blocks[0].make_norm("final_norm")
         self.random_state_passing = None
         if random_state_passing and self.fam_length:
             self.random_state_passing = RandomStatePassing(
                 random_state_passing, num_layers, self.fam_length, dtype=self.dtype_policy, name="random_state_passing"
             )
-        self.seed_generator = keras.random.SeedGenerator() if self._draws else None
+        self.seed_generator = keras.random.SeedGenerator() if self.draws else None
+
+    def _make_block(self, i):
+        block = self.block_class(
+            **{**self.block_settings, **(self.layer_settings[i] if self.layer_settings else {})},
+            kernel_initializer=keras.initializers.VarianceScaling(1.0, "fan_in", "truncated_normal"),
+            dtype=self.dtype_policy,
+            name=f"block_{i}",
+        )
+        block.attention.owns_initial_fam = self.initial_fam == "prefix"
+        return block
 
     @classmethod
     def from_preset(cls, folder, *, load_weights=True, **changes):
@@ -215,16 +229,13 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
 
     @property
     def output_width(self):
+        """D, the width of the outputs."""
         return self.hidden_dim
 
     @property
-    def passes_state(self):
-        """Whether training steps hand a memory on (Random State Passing)."""
-        return self.random_state_passing is not None
-
-    @property
-    def _draws(self):
-        return self.random_position_offset or any(block.draws for block in self.blocks)
+    def draws(self):
+        """Whether the layers need random numbers in training."""
+        return any(block.draws for block in self.blocks)
 
     def build(self, input_shape=None):
         """Makes all weights; `input_shape` may be left out."""
@@ -253,25 +264,39 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
         return StreamState(position_spec(batch_size), tuple(b.layer_state_spec(batch_size) for b in self.blocks))
 
     def get_initial_state(self, batch_size):
-        """The `StreamState` of `batch_size` rows that start anew."""
+        """The `StreamState` of `batch_size` rows before their first token."""
         if not self.built:
             self.build()
         return make_initial_state(self, batch_size)
+
+    def prompt_rows(self):
+        """The memory prompt in the memory's dtype, `[1, F, D]`."""
+        rows = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
+        return ops.cast(rows, self.blocks[0].attention.memory_dtype)
 
     def first_memories(self):
         """F_0 of every layer, a list of `[1, F, D]`; of None where no memory exists before block 1."""
         if not self.fam_length or self.initial_fam == "summary":
             return [None] * self.num_layers
         if self.initial_fam == "prefix":
-            return [ops.expand_dims(ops.convert_to_tensor(b.attention.initial_fam_rows), 0) for b in self.blocks]
-        rows = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
-        rows = ops.cast(rows, self.blocks[0].attention.memory_dtype)
-        memories = []
-        for block in self.blocks:
-            memories.append(rows)
-            if block is not self.blocks[-1]:
-                rows = block.forward_prompt(rows)
+            return [block.attention.initial_rows() for block in self.blocks]
+        memories = [self.prompt_rows()]
+        for block in self.blocks[:-1]:
+            memories.append(block.forward_rows(memories[-1]))
         return memories
+
+    def sequence_state(self, batch_size, training):
+        passing, passed = self.random_state_passing if training else None, None
+        if passing is not None:
+            passed = (passing.choose(batch_size), passing.memory.value)
+        return make_initial_state(self, batch_size, shared_position=True, passed=passed)
+
+    def needs_state(self, training):
+        return training and self.random_state_passing is not None
+
+    def finish_call(self, before, state, held, training):
+        written = state.position.block_index[0] > before.position.block_index[0]
+        self.random_state_passing.keep([layer.fam for layer in state.layers], written)
 
     # Reading ----------------------------------------------------------------------------------------------------
 
@@ -280,82 +305,51 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
         x = self.token_embedding(clip_token_ids(token_ids, self.vocabulary_size))
         return x if self.embedding_scale is None else x * ops.cast(self.embedding_scale, x.dtype)
 
-    def _finish(self, x):
-        return self.final_norm(x)
+    def read(self, token_ids, state, chunk, *, training=False):
+        seed = next_seed(self.seed_generator, token_ids) if training else None
+        x, state = self.forward_embedded(self.embed(token_ids), state, chunk, seed=seed, training=training)
+        return self.final_norm(x), state
 
-    def _starting_state(self, batch_size, training):
-        """The state of a whole sequence that starts now, and what training draws for it."""
-        if not training:
-            return make_initial_state(self, batch_size, shared_position=True)
-        offset = None
-        if self.random_position_offset:
-            base = self.block_settings.get("rope_wavelength", 10_000.0) or 0.0
-            draw = keras.random.uniform((2, batch_size), seed=self.seed_generator)
-            offset = draw[0] * (2 * math.pi * base) * ops.cast(draw[1] < 0.5, "float32")
-        passing = self.random_state_passing
-        passed = None if passing is None else (passing.choose(batch_size), passing.memory.value)
-        return make_initial_state(self, batch_size, shared_position=True, position_offset=offset, passed=passed)
-
-    def _keep_memory(self, before, state):
-        if self.random_state_passing is not None:
-            written = state.position.block_index[0] > before.position.block_index[0]
-            self.random_state_passing.keep([layer.fam for layer in state.layers], written)
-
-    def _advance(self, token_ids, state, *, start, lengths=None, training=False, keep_state=True):
-        seed = None
-        if training and any(block.draws for block in self.blocks):
-            seed = next_seed(self.seed_generator, token_ids)
-        x = self.embed(token_ids)
+    def forward_embedded(self, x, state, chunk, *, seed=None, training=False):
+        """All layers over embedded tokens `[B, T, D]`, a few blocks at a time where the chunk is long."""
         length, step = x.shape[1], step_blocks(self, training)
-        if self.feeds_stack:  # a block needs what the top layer wrote one block before
-            step = 1
-            if length is None or (start == "anywhere" and length > 1):
-                x, state = scan_blocks(self, x, state, start=start, lengths=lengths, seed=seed)
-                return self._finish(x), state
         size = None if step is None else step * self.block_size
-        if size is None or length is None or length <= size or start == "anywhere":
-            if training and self.backpropagation_steps and start == "anywhere" and not (length and length <= size):
+        if size is None or length is None or length <= size or not chunk.aligned:
+            if training and self.backpropagation_steps and not chunk.aligned and not (length and length <= size):
                 raise ValueError(
-                    f"`backpropagation_steps` cuts between steps of {size} tokens, so rows stand at the start of a "
-                    f"block; received {length} tokens of rows that may stand anywhere. Train on whole blocks "
+                    f"`backpropagation_steps` cuts between steps of {size} tokens, so rows must stand at the start of "
+                    f"a block; received {length} tokens of rows that may stand anywhere. Train on whole blocks "
                     "(aligned=True), or make the chunks as short as a step."
                 )
-            x, state = self._advance_layers(
-                x, state, start=start, lengths=lengths, seed=seed, training=training, keep_state=keep_state
-            )
-        else:
-            x, state = scan_steps(
-                self, x, state, size, lengths=lengths, seed=seed, training=training, keep_state=keep_state
-            )
-        return self._finish(x), state
+            return self.forward_layers(x, state, chunk, seed=seed, training=training)
+        return scan_steps(self, x, state, chunk, size, seed=seed, training=training)
 
-    def _advance_layers(self, x, state, *, start, lengths=None, seed=None, training=False, keep_state=True):
-        rider = None
-        if self.fam_length and self.initial_fam == "summary":
-            rider = ops.expand_dims(ops.convert_to_tensor(self.memory_prompt), 0)
-        elif self.feeds_stack:
-            rider = state.layers[0].fam
-        options = {"start": start, "lengths": lengths, "keep_state": keep_state}
-        length, replay = x.shape[1], training and self.remat == "layers"
-        if self.scan_layers and (length is None or length >= self.block_size):
-            x, layers = scan_layers_once(self.blocks, x, state, replay=replay, seed=seed, rider=rider, **options)
-        else:
-            layers = []
-            for i, block in enumerate(self.blocks):
-                own = {"rider": rider, "seed": fold_in(seed, SEEDS_PER_LAYER * i), **options}
-                advance = functools.partial(remat_layer, block) if replay else block.advance_layer
-                x, layer, rider = advance(x, state.layers[i], state.position, **own)
-                x = shard_output(x, block)
-                layers.append(layer)
-        if not keep_state:
+    def forward_layers(self, x, state, chunk, *, seed=None, training=False):
+        """All layers over embedded tokens `[B, T, D]`, one after the other."""
+        rows = self.prompt_rows() if self.fam_length and self.initial_fam == "summary" else None
+        x, layers, _ = self.run_layers(x, state, chunk, seed=seed, training=training, initial_rows=rows)
+        if not chunk.keep_state:
             return x, None
-        taken = ops.shape(x)[1] if lengths is None else lengths
-        position, completed = advance_position(
-            state.position, taken, self.block_size, self.blocks[0].attention.max_memories
-        )
-        if self.feeds_stack:
-            layers = feed_to_bottom(self, layers, rider, completed, seed)
+        position = advance_position(state.position, chunk, self.blocks[0].max_memories)
         return x, shard_state(StreamState(position, tuple(layers)))
+
+    def run_layers(self, x, state, chunk, *, seed=None, training=False, initial_rows=None):
+        """`(y, layers, initial_rows)`: `[B, T, D]`, a list of `LayerState`s, and what the top layer passes up."""
+        length, remat_layers = x.shape[1], training and self.remat == "layers"
+        if self.scan_layers and (length is None or length >= self.block_size):
+            options = {"seed": seed, "initial_rows": initial_rows}
+            y, layers = scan_layers(self.blocks, x, state, chunk, remat_layers=remat_layers, **options)
+            return y, layers, None
+        layers = []
+        for i, block in enumerate(self.blocks):
+            forward = functools.partial(remat_layer, block) if remat_layers else block.forward_chunk
+            own_seed = fold_in(seed, SEEDS_PER_LAYER * i)
+            x, layer, initial_rows = forward(
+                x, state.layers[i], state.position, chunk, seed=own_seed, initial_rows=initial_rows
+            )
+            x = shard_output(x, block)
+            layers.append(layer)
+        return x, layers, initial_rows
 
     @staticmethod
     def get_layout_map(device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch", settings=None):
@@ -379,7 +373,6 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputsM
             logit_softcap=self.logit_softcap,
             layer_settings=self.layer_settings,
             random_state_passing=0.0 if passing is None else passing.get_config()["rate"],
-            random_position_offset=self.random_position_offset,
             blocks_per_step=self.blocks_per_step,
             remat=self.remat,
             backpropagation_steps=self.backpropagation_steps,

@@ -5,16 +5,15 @@ import keras
 from keras_fam.models.generation import GenerationMixin
 from keras_fam.models.lora import LoRAMixin
 from keras_fam.models.preset_io import PresetMixin, load_backbone, load_preprocessor
-from keras_fam.models.streaming_call import StreamingModelMixin
 from keras_fam.models.text_inputs import TextTask
-from keras_fam.models.token_inputs import TokenInputsMixin
+from keras_fam.models.token_inputs import TokenInputs
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.training.checked_inputs import CheckedInputs
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
 class TransformerFAMCausalLM(
-    GenerationMixin, LoRAMixin, PresetMixin, TextTask, CheckedInputs, TokenInputsMixin, StreamingModelMixin, keras.Model
+    GenerationMixin, LoRAMixin, PresetMixin, TextTask, CheckedInputs, TokenInputs, keras.Model
 ):
     """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
 
@@ -84,29 +83,39 @@ class TransformerFAMCausalLM(
         return lm
 
     @property
-    def output_width(self):
-        return self.backbone.vocabulary_size
+    def block_size(self):
+        """S, tokens in a block."""
+        return self.backbone.block_size
 
     @property
-    def passes_state(self):
-        return self.backbone.passes_state
+    def fam_length(self):
+        """F, rows of memory in each layer; 0 without."""
+        return self.backbone.fam_length
+
+    @property
+    def output_width(self):
+        """V, the width of the outputs."""
+        return self.backbone.vocabulary_size
 
     def state_spec(self, batch_size=None):
         """`StreamState` of `Spec`s (shape and dtype), for `batch_size` rows."""
         return self.backbone.state_spec(batch_size)
 
     def get_initial_state(self, batch_size):
-        """The `StreamState` of `batch_size` rows that start anew."""
+        """The `StreamState` of `batch_size` rows before their first token."""
         return self.backbone.get_initial_state(batch_size)
 
-    def _starting_state(self, batch_size, training):
-        return self.backbone._starting_state(batch_size, training)
+    def sequence_state(self, batch_size, training):
+        return self.backbone.sequence_state(batch_size, training)
 
-    def _keep_memory(self, before, state):
-        self.backbone._keep_memory(before, state)
+    def needs_state(self, training):
+        return self.backbone.needs_state(training)
 
-    def _advance(self, token_ids, state, **options):
-        hidden, state = self.backbone._advance(token_ids, state, **options)
+    def finish_call(self, before, state, held, training):
+        self.backbone.finish_call(before, state, held, training)
+
+    def read(self, token_ids, state, chunk, *, training=False):
+        hidden, state = self.backbone.read(token_ids, state, chunk, training=training)
         return self.backbone.token_embedding(hidden, reverse=True), state
 
     def get_config(self):

@@ -47,12 +47,6 @@ def rotation_table(positions, inverse, dtype="float32"):
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
-def rotation(positions, inverse, dtype="float32"):
-    """Like `rotation_table` for positions that are tensors (`fam_position="zero"` alone needs them)."""
-    angles = ops.expand_dims(ops.cast(positions, dtype), -1) * ops.cast(inverse, dtype)
-    return ops.cos(angles), ops.sin(angles)
-
-
 def rotate(x, table):
     """Rotates the two halves of the last axis of `x`.
 
@@ -82,8 +76,8 @@ def rotate_whole(x, table):
 def memory_positions(fam_length, block_size, fam_position):
     """Places of the memory rows, relative to the start of the block *after* the one they compressed, float64 `[F]`.
 
-    App. B.2: `"last"` are the last F positions of the compressed block; `"float"` spreads the rows evenly over it.
-    (`"zero"` depends on the absolute position and is handled where that is known.)
+    App. B.2: `"last"` are the last F positions of the compressed block; `"float"` spreads the rows evenly over it. The
+    paper's third form, `"zero"`, needs absolute positions and is left out.
     """
     rows = np.arange(fam_length, dtype="float64")
     if fam_position == "float":
@@ -98,25 +92,29 @@ class BlockPositions:
         head_dim: H.
         block_size: S.
         fam_length: F.
-        fam_position: `"last"`, `"float"` or `"zero"`.
+        fam_position: `"last"` or `"float"`.
         fam_query_position: `"previous"` or `"current"`.
         wavelength: base of RoPE; None turns rotation off.
         scaling: see `inverse_wavelengths`.
         dtype: dtype of the tables.
+
+    Attributes:
+        memory_key: table `[F, H/2]` for keys of memory rows, as the next block reads them; None without rotation.
+        memory_query: table for queries of memory rows, relative to the block that they are about to compress.
     """
 
     def __init__(
         self, *, head_dim, block_size, fam_length, fam_position, fam_query_position, wavelength, scaling, dtype
     ):
         self.head_dim, self.block_size, self.dtype = head_dim, block_size, dtype
-        self.zero = fam_position == "zero"
+        self.memory_key = self.memory_query = None
         self.inverse = None if wavelength is None else inverse_wavelengths(head_dim, wavelength, scaling)
         if self.inverse is None:
             return
         self._tokens = self._table(np.arange(2 * block_size))
         rows = memory_positions(fam_length, block_size, fam_position)
-        self._memory_key = self._table(rows)
-        self._memory_query = self._table(rows + (block_size if fam_query_position == "current" else 0))
+        self.memory_key = self._table(rows)
+        self.memory_query = self._table(rows + (block_size if fam_query_position == "current" else 0))
 
     def _table(self, places):
         return rotation_table(places, self.inverse, self.dtype)
@@ -133,18 +131,9 @@ class BlockPositions:
             return None
         return self._table(-np.asarray(blocks, "float64") * self.block_size)
 
-    def memory_key(self, start):
-        """Table `[F, H/2]` for keys of memory rows; `start` `[B]` is the absolute place of the block that reads them
-        (used by `fam_position="zero"` alone)."""
-        return self._memory(start, "_memory_key")
-
-    def memory_query(self, start):
-        """Table for queries of memory rows about to compress the block that starts at `start`."""
-        return self._memory(start, "_memory_query")
-
     def memory_heads(self, num_queries, num_keys, query_scale):
-        """Tables `[F, queries + keys, H]` for `rotate_whole`: queries, scaled, and behind them keys. Not for
-        `fam_position="zero"`. The second table is None where nothing is rotated."""
+        """Tables `[F, queries + keys, H]` for `rotate_whole`: queries, scaled, followed by keys. The second table is
+        None where nothing is rotated."""
 
         def spread(query, key, sign):
             parts = [np.concatenate([sign * t, t], axis=-1) for t in (query, key)]
@@ -154,12 +143,5 @@ class BlockPositions:
         if self.inverse is None:
             ones = np.ones((1, self.head_dim // 2))
             return spread(ones, ones, 1), None
-        pairs = zip(self._memory_query, self._memory_key, (1, -1), strict=True)
+        pairs = zip(self.memory_query, self.memory_key, (1, -1), strict=True)
         return tuple(spread(query, key, sign) for query, key, sign in pairs)
-
-    def _memory(self, start, table):
-        if self.inverse is None:
-            return None
-        if self.zero:
-            return rotation(-ops.expand_dims(start, 1), self.inverse, self.dtype)
-        return getattr(self, table)

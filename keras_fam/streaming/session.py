@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_fam.layers.random_state_passing import RandomStatePassing
-from keras_fam.layers.recurrent import StreamingLayer
+from keras_fam.layers.recurrent_layer import RecurrentLayer
 from keras_fam.state import check_finite, check_structure, map_specs, named_leaves
 from keras_fam.utils import safetensors_file
 
@@ -22,9 +22,9 @@ SAMPLE = 4096  # elements of a weight that the fingerprint reads, at most
 _EXTRAS = "extras."
 # Settings that change no output of a stream.
 _FREE = {
-    "name", "trainable", "dtype", "stateful", "kernel_initializer", "blocks", "layer_settings", "dropout", "fam_noise",
+    "name", "trainable", "dtype", "stateful", "kernel_initializer", "blocks", "layer_settings", "dropout",
     "stop_memory_gradient", "remat", "blocks_per_step", "backpropagation_steps", "random_state_passing",
-    "random_position_offset", "scan_layers",
+    "scan_layers",
 }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def weights_fingerprint(model):
     for layer in model._flatten_layers():
         if isinstance(layer, RandomStatePassing):
             held.update(id(v) for v in layer.weights)
-        elif isinstance(layer, StreamingLayer):
+        elif isinstance(layer, RecurrentLayer):
             held.update(id(v) for v in [*(layer._state_variables or ()), layer._needs_reset])
     digest = hashlib.blake2b(digest_size=32)
     for weight in model.weights:

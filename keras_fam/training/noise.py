@@ -4,22 +4,25 @@ import keras
 
 
 class NoiseScale:
-    """The share of `fam_noise` that is in force in a model, as one number that may be set between epochs.
+    """The share of a memory update's `noise` in force in a model, as one number that may be set between epochs.
 
     It is a weight (`noise_scale`) of every layer, 1 in a new model. `NoiseRamp` sets it by epochs; to let it grow as
     the loss permits, give this object to `keras_fam.training.Curriculum` with `attribute="share"`.
 
     Args:
-        model: a model with `fam_noise`, or a Keras model around one.
+        model: a model whose memory update has noise, or a Keras model around one.
 
     Raises:
-        ValueError: for a model without `fam_noise`.
+        ValueError: for a model without noise.
     """
 
     def __init__(self, model):
         self._scales = [variable for variable in model.variables if variable.name == "noise_scale"]
         if not self._scales:
-            raise ValueError(f"{model.name} has no noise to scale. Set `fam_noise` above 0.")
+            raise ValueError(
+                f"{model.name} has no noise to scale. Give it a memory update with noise, such as "
+                "`Normalized(noise=0.7)`."
+            )
 
     @property
     def share(self) -> float:
@@ -34,7 +37,9 @@ class NoiseScale:
 
 
 class NoiseRamp(keras.callbacks.Callback):
-    """Lets `fam_noise` grow from 0 to its full size during `fit`: first the memory learns to hold, then to last.
+    """Lets the noise of a memory update grow from 0 to its full size during `fit`.
+
+    The model first learns to write its memory, then to keep it.
 
     Strong noise from the start keeps a model from learning what to write at all. The share in force (`NoiseScale`) is 1
     where this callback is not used, and stays what it is after `fit`.
@@ -44,7 +49,7 @@ class NoiseRamp(keras.callbacks.Callback):
         stop: the epoch from which on the noise has its full size; more than `start`.
 
     Raises:
-        ValueError: for other numbers, and in `fit` for a model without `fam_noise`.
+        ValueError: for other numbers, and in `fit` for a model without noise.
     """
 
     def __init__(self, start: float, stop: float):
