@@ -448,7 +448,7 @@ def test_states_that_no_stream_can_have(saved):
         ({"num_key_value_heads": 4}, r"`layers\[0\].key`"),
         ({"dtype": "mixed_bfloat16"}, r"`layers\[0\].key`.*bfloat16"),
         ({"num_visible_memories": 2}, r"`layers\[0\].fam_key`"),
-        ({"memory_update": "normalized"}, "`fam_feedback`.*normalized.*residual"),
+        ({"memory_update": "normalized"}, "`memory_update`.*normalized.*residual"),
         ({"rope_wavelength": 5e5}, "`rope_wavelength`"),
         ({"layer_settings": [{}, {"rope_wavelength": 5e5}]}, r"`layers\[1\].rope_wavelength`"),
         ({"logit_softcap": 3.0}, "`logit_softcap`"),

@@ -210,7 +210,7 @@ def test_the_end_of_the_data_moves_nothing():
     stream.evaluate(batches(), verbose=0)
     assert stream.position.tolist() == [12 * S] * B
 
-    lm = make_lm(1, dropout=0.1, random_state_passing=keras_fam.Ramp(0.8, delay=2))
+    lm = make_lm(1, dropout=0.1, random_state_passing=keras_fam.training.Ramp(0.8, delay=2))
     lm.compile("sgd", **QUICK)
     lm.fit(batches(), verbose=0)
     passing = lm.backbone.random_state_passing

@@ -10,12 +10,11 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
-    *("ops.torch_graph", "ops.backend", "state", "distribution.state_sharding", "ops", "utils", "tasks"),
-    *("layers", "baselines"),
+    *("ops.torch_graph", "ops.backend", "state", "distribution.state_sharding", "ops", "utils", "tasks", "layers"),
     *("streaming.session", "streaming.samplers", "streaming.text", "streaming.sampling", "streaming.hub_samplers"),
     *("streaming.generation", "training.batches", "training.callback_model", "training.checked_inputs"),
-    *("training.dataset_position", "training.stateful", "training.stream_fit", "streaming", "models", "training"),
-    *("distribution", "data", "testing", "evaluation", "export", "hub", ""),
+    *("training.dataset_position", "training.stateful", "training.stream_fit", "streaming", "models.configs"),
+    *("distribution", "models", "baselines", "training", "data", "testing", "evaluation", "export", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/torch_graph.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}
