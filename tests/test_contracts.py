@@ -71,8 +71,8 @@ def wrong(contract):
 
 @wrong("chunks")
 class SeesTheNextToken(TransformerFAMBlock):
-    def _advance(self, x, state, **options):
-        y, state = super()._advance(x, state, **options)
+    def read(self, x, state, chunk, **options):
+        y, state = super().read(x, state, chunk, **options)
         return y + ops.pad(x[:, 1:], [[0, 0], [0, 1], [0, 0]]), state
 
 
@@ -80,8 +80,8 @@ class SeesTheNextToken(TransformerFAMBlock):
 class SeesALittleOfTheNextToken(TransformerFAMBlock):
     """Too little for the tolerance of chunks: the future has none."""
 
-    def _advance(self, x, state, **options):
-        y, state = super()._advance(x, state, **options)
+    def read(self, x, state, chunk, **options):
+        y, state = super().read(x, state, chunk, **options)
         return y + 1e-6 * ops.pad(x[:, 1:], [[0, 0], [0, 1], [0, 0]]), state
 
 
@@ -89,8 +89,8 @@ class SeesALittleOfTheNextToken(TransformerFAMBlock):
 class SeesALittleOfItsBlock(TransformerFAMBlock):
     """As above, but not across the end of a block: a check that cuts there alone would miss it."""
 
-    def _advance(self, x, state, **options):
-        y, state = super()._advance(x, state, **options)
+    def read(self, x, state, chunk, **options):
+        y, state = super().read(x, state, chunk, **options)
         inside = np.arange(x.shape[1])[:, None] % self.attention.block_size < self.attention.block_size - 1
         leak = ops.pad(x[:, 1:], [[0, 0], [0, 1], [0, 0]])
         return y + ops.where(ops.convert_to_tensor(inside), 1e-6 * leak, ops.zeros_like(leak)), state
@@ -98,8 +98,8 @@ class SeesALittleOfItsBlock(TransformerFAMBlock):
 
 @wrong("chunks")
 class ForgetsItsMemory(TransformerFAMBlock):
-    def _advance(self, x, state, **options):
-        y, after = super()._advance(x, state, **options)
+    def read(self, x, state, chunk, **options):
+        y, after = super().read(x, state, chunk, **options)
         if after is None:
             return y, None
         layer = after.layers[0]
@@ -108,15 +108,15 @@ class ForgetsItsMemory(TransformerFAMBlock):
 
 @wrong("chunks")
 class ForgetsWhereItStands(TransformerFAMBlock):
-    def _advance(self, x, state, **options):
-        y, after = super()._advance(x, state, **options)
+    def read(self, x, state, chunk, **options):
+        y, after = super().read(x, state, chunk, **options)
         return y, after and after._replace(position=state.position)
 
 
 @wrong("rows")
 class MixesRows(TransformerFAMBlock):
-    def _advance(self, x, state, **options):
-        y, state = super()._advance(x, state, **options)
+    def read(self, x, state, chunk, **options):
+        y, state = super().read(x, state, chunk, **options)
         return y + 1e-6 * ops.mean(y, axis=0, keepdims=True), state
 
 
@@ -151,13 +151,8 @@ def test_wrong_blocks_are_found(name):
 def test_a_wrong_mask_is_found(monkeypatch):
     """Attention to one token too many, in whole blocks and in single tokens alike."""
     settings, tokens = small("fam")
-    token_window = masks.token_window
-
-    def shifted(*args, **options):
-        mask = token_window(*args, **options)
-        return mask | np.roll(mask, 1, axis=1)
-
-    monkeypatch.setattr(masks, "token_window", shifted)
+    visible = masks.visible
+    monkeypatch.setattr(masks, "visible", lambda query, key, **options: visible(query + 1, key, **options))
     with pytest.raises(AssertionError, match=r"`(chunks|future)`"):
         keras_fam.check_streaming(make(**settings)[0], tokens=tokens)
 

@@ -74,7 +74,8 @@ def continued(seen, expected, first):
 def test_a_stream_resumes_at_any_batch(tmp_path):
     """Weights and their averages, optimizer, carried state, seeds of dropout and noise, running metrics, the place in
     the documents, and the stage of a curriculum."""
-    settings, path = {"dropout": 0.2, "memory_update": keras_fam.Residual(noise=0.1)}, tmp_path / "new" / "progress.safetensors"
+    settings = {"dropout": 0.2, "memory_update": keras_fam.Residual(noise=0.1)}
+    path = tmp_path / "new" / "progress.safetensors"
 
     def run(path, seed, stop=None):
         rows, optimizer = make_rows(longest=3 * S), keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9)
