@@ -1,11 +1,11 @@
-"""`Curriculum`: a number of a dataset that grows while a model is trained."""
+"""`Curriculum`: an attribute of a dataset that grows during training."""
 
 import keras
 import numpy as np
 
 
 class Curriculum(keras.callbacks.Callback):
-    """Lets sequences grow while training: sets a number of a dataset when an epoch begins.
+    """Trains on longer and longer sequences: sets an attribute of a dataset at the start of an epoch.
 
     ```python
     batches = keras_fam.data.TaskBatches(task, 32, block_size=32, blocks=2, steps_per_epoch=100)
@@ -15,22 +15,22 @@ class Curriculum(keras.callbacks.Callback):
     ])
     ```
 
-    A resumed run goes on where it was: with `epochs`, the stage follows from the epoch's number; with `monitor`, from
-    what the dataset has.
+    In a resumed run the stage follows from the number of the epoch if `epochs` is given, and from the attribute's value
+    if `monitor` is.
 
     Args:
         dataset: `TaskBatches`, `DocumentRows`, or any object with the attribute.
-        values: the attribute's values, one a stage; the last one stays.
-        attribute: `"blocks"` (`TaskBatches`), or `"longest"` (`DocumentRows`, in tokens).
-        epochs: epochs of each stage, an int or one per stage; None where `monitor` is given.
-        monitor: None, or a name in the logs such as `"loss"`: the next stage begins after an epoch at whose end it has
-            reached `threshold`.
-        threshold: float, or one number per stage (the last one's is not needed without `stop`).
-        mode: `"min"` (at most `threshold`) or `"max"` (at least).
-        stop: whether training ends once the last stage has reached its threshold.
+        values: the attribute's values, one per stage.
+        attribute: str, `"blocks"` (`TaskBatches`) or `"longest"` (`DocumentRows`, in tokens), for example.
+        epochs: int, or a sequence of ints, the epochs of each stage; None with `monitor`.
+        monitor: None, or a key of the logs such as `"loss"`: the next stage starts after an epoch at the end of which
+            it has reached `threshold`.
+        threshold: float, or one per stage (the last one is needed with `stop` only).
+        mode: `"min"` (a stage ends at or below its threshold) or `"max"` (at or above).
+        stop: bool, whether training stops when the last stage has reached its threshold.
 
     Raises:
-        ValueError: unless one of `epochs` and `monitor` is given, and all that belongs to it.
+        ValueError: unless exactly one of `epochs` and `monitor` is given with what it needs.
     """
 
     def __init__(
@@ -48,35 +48,40 @@ class Curriculum(keras.callbacks.Callback):
         super().__init__()
         self.dataset, self.values, self.attribute = dataset, tuple(values), attribute
         if not self.values or not hasattr(dataset, attribute):
-            raise ValueError(f"`values` are those of the dataset's {attribute!r}, at least one; received {values!r}.")
+            raise ValueError(
+                f"`values` must hold at least one value of the dataset's attribute {attribute!r}; received {values!r} "
+                f"and a {type(dataset).__name__}."
+            )
         if (epochs is None) == (monitor is None) or (monitor is None) != (threshold is None):
             raise ValueError(
-                "A stage ends after `epochs`, or when `monitor` reaches `threshold`; received "
-                f"epochs={epochs!r}, monitor={monitor!r}, threshold={threshold!r}."
+                "A stage ends after `epochs`, or when `monitor` reaches `threshold`: give the one or the other two. "
+                f"Received: epochs={epochs!r}, monitor={monitor!r}, threshold={threshold!r}"
             )
         if mode not in ("min", "max"):
-            raise ValueError(f'`mode` is "min" or "max"; received {mode!r}.')
+            raise ValueError(f'`mode` must be "min" or "max". Received: mode={mode!r}')
         self.ends = None
         if epochs is not None:
             lengths = [epochs] * len(self.values) if isinstance(epochs, int) else list(epochs)
             if len(lengths) < len(self.values) - 1 or min(lengths) < 1:
-                raise ValueError(f"`epochs` has a number for each of {len(self.values)} stages; received {epochs!r}.")
+                raise ValueError(
+                    f"`epochs` needs a positive integer for each of {len(self.values)} stages; received {epochs!r}."
+                )
             self.ends = np.cumsum(lengths)
         self.thresholds = None
         if monitor is not None:
             self.thresholds = list(threshold) if np.ndim(threshold) else [threshold] * len(self.values)
             if len(self.thresholds) < len(self.values) - (not stop):
                 raise ValueError(
-                    f"`threshold` has a number for each of {len(self.values)} stages; received {threshold!r}."
+                    f"`threshold` needs a number for each of {len(self.values)} stages; received {threshold!r}."
                 )
         elif stop:
-            raise ValueError("`stop` ends training at a threshold; received it with `epochs`. Give `monitor` instead.")
+            raise ValueError("`stop` ends training at a threshold; received stop=True with `epochs`. Use `monitor`.")
         self.monitor, self.mode, self.stop = monitor, mode, stop
         self._done = False
 
     @property
     def stage(self):
-        """int, the number of the value that the dataset has now; 0 where it has none of them."""
+        """int, the index in `values` of the dataset's current value; 0 if it is none of them."""
         value = getattr(self.dataset, self.attribute)
         return self.values.index(value) if value in self.values else 0
 
@@ -95,9 +100,9 @@ class Curriculum(keras.callbacks.Callback):
             return
         found = (logs or {}).get(self.monitor)
         if found is None:
-            raise ValueError(f"`monitor` is a name in the logs, {sorted(logs or {})}; received {self.monitor!r}.")
+            raise ValueError(f"`monitor` must be a name in the logs, {sorted(logs or {})}; received {self.monitor!r}.")
         threshold = (*self.thresholds, None)[self.stage]
-        if threshold is not None:  # None: the last stage, which nothing ends
+        if threshold is not None:  # None: the last stage does not end
             self._done = bool(found <= threshold if self.mode == "min" else found >= threshold)
         if self._done and self.stop and self.stage == len(self.values) - 1:
             self.model.stop_training = True

@@ -10,16 +10,24 @@ class Ramp(keras.optimizers.schedules.LearningRateSchedule):
 
     For `random_state_passing`, and wherever Keras takes a learning rate schedule.
 
+    ```python
+    ramp = keras_fam.training.Ramp(0.8, delay=1000, ramp=500)
+    ramp(0), ramp(1250), ramp(2000)     # 0, about 0.4, 0.8
+    ```
+
     Args:
-        value: the final value, reached at step `delay + ramp` and kept from there on.
-        delay: steps at 0, a whole number of at least 0.
-        ramp: steps of the rise, a whole number of at least 0; 0 jumps.
+        value: float, the final value, from step `delay + ramp` on.
+        delay: int, number of steps at 0, ≥ 0.
+        ramp: int, number of steps of the rise, ≥ 0; 0 is a jump.
+
+    Raises:
+        ValueError: for negative or fractional steps.
     """
 
     def __init__(self, value: float, delay: int = 0, ramp: int = 0):
         for name, steps in (("delay", delay), ("ramp", ramp)):
             if not isinstance(steps, int) or steps < 0:
-                raise ValueError(f"`{name}` is a number of steps, 0 or more; received {steps!r}.")
+                raise ValueError(f"`{name}` must be a non-negative integer. Received: {name}={steps!r}")
         self.value, self.delay, self.ramp = value, delay, ramp
 
     def __call__(self, step):
