@@ -108,7 +108,7 @@ def test_unknown_settings():
         TransformerFAMBackbone(**MODEL, block_sise=8)
     with raises("block_sise", error=(TypeError, ValueError)):
         TransformerFAMBlock(**SMALL, block_sise=8)
-    with raises("Presets are", "paper_1b", "received 'huge'"):
+    with raises("`name` must be one of", "paper_1b", "received 'huge'"):
         model_config("huge")
     with raises("`rate` is a probability from 0 to 1", "received -0.5"):
         RandomStatePassing(-0.5, num_layers=1, fam_length=1)

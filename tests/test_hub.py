@@ -240,17 +240,17 @@ def refused(message, backbone, **options):
 
 def test_other_classes_are_refused():
     gpt = models.GPT2Backbone(vocabulary_size=31, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8)
-    refused("There are tables for the backbones LlamaBackbone", gpt)
+    refused("Supported backbones of KerasHub are LlamaBackbone", gpt)
     refused("Backbone or a CausalLM of KerasHub; received Dense", keras.layers.Dense(2))
 
     class Derived(models.LlamaBackbone):
         pass
 
-    refused("derived from one of them may compute something else", Derived(**small()))
+    refused("A subclass of one of them may compute something else", Derived(**small()))
 
 
 def test_fields_without_a_place_are_refused_by_name(monkeypatch):
-    refused(r"`dropout` .* has to be 0", models.LlamaBackbone(**small(dropout=0.1)))
+    refused(r"`dropout` .* must be 0", models.LlamaBackbone(**small(dropout=0.1)))
     factors = {"rope_scaling_short_factor": [1.0, 1.0], "rope_scaling_long_factor": [2.0, 2.0]}
     refused("`rope_scaling_.*factor`", models.Phi3Backbone(**small(rope_scaling_type="su", **factors)))
     gemma = small(head_dim=4, image_size=None)
@@ -259,11 +259,13 @@ def test_fields_without_a_place_are_refused_by_name(monkeypatch):
     refused("`embedding_dim`", pooled)
     refused("float16", models.Gemma3Backbone(**gemma, dtype="float16"))
     refused("both on or both off", models.Gemma3Backbone(**gemma, use_post_ffw_norm=True))
-    refused("`layer_norm_epsilon`=0.1 holds", models.GemmaBackbone(**small(head_dim=4, layer_norm_epsilon=0.1)))
+    refused(
+        "`layer_norm_epsilon`=0.1 is the epsilon", models.GemmaBackbone(**small(head_dim=4, layer_norm_epsilon=0.1))
+    )
     refused("do not rotate as its fields say", models.LlamaBackbone(**small(rope_position_scaling_factor=4.0)))
     config = models.LlamaBackbone.get_config
     monkeypatch.setattr(models.LlamaBackbone, "get_config", lambda self: {**config(self), "sparse_heads": 3})
-    refused("does not name the field `sparse_heads`", models.LlamaBackbone(**small()))
+    refused("field `sparse_heads` of LlamaBackbone is unknown", models.LlamaBackbone(**small()))
 
 
 def test_a_vision_model_is_refused():
@@ -298,7 +300,7 @@ def test_a_class_that_cannot_compute_the_model_is_refused():
         hub.to_keras_hub(lm, models.Phi3CausalLM)
     with pytest.raises(ValueError, match=r"layer_norm_epsilon|activation"):
         hub.to_keras_hub(lm, models.GemmaBackbone)
-    with pytest.raises(ValueError, match="tables for the backbones"):
+    with pytest.raises(ValueError, match="Supported backbones of KerasHub"):
         hub.to_keras_hub(lm, models.GPT2CausalLM)
     with pytest.raises(ValueError, match="no field"):
         hub.to_keras_hub(lm, models.LlamaBackbone, sliding_window=3)

@@ -1,4 +1,4 @@
-"""KerasHub models become TransformerFAM models, and back again."""
+"""Conversion of KerasHub models to TransformerFAM models, and back."""
 
 import inspect
 
@@ -36,21 +36,41 @@ def convert(
     name: str | None = None,
     **options,
 ):
-    """Makes a TransformerFAM model of a KerasHub model.
+    """Makes a TransformerFAM model from a KerasHub model.
+
+    A pre-trained model, with a memory of 64 rows over blocks of 1,024 tokens:
 
     ```python
+    # downloads weights
     gemma = keras_hub.models.GemmaCausalLM.from_preset("gemma2_2b_en")
     lm = keras_fam.hub.convert(gemma, block_size=1024, memory_segments=4, fam_length=64)
     ```
 
-    The layers, weights and numbers are the source's: with `fam_length=0`, and with `initial_fam="summary"` up to the
-    end of the first block, the logits are too. The first memory is the only new weight.
+    The same with random weights:
 
-    Sliding windows of the source are kept, layer by layer, inside the window of the blocks: a token sees the keys
-    that both let it see. Block windows hold m·S+1 to (m+1)·S keys; a window of the source from (m+1)·S keys on never
-    narrows that and is left out, a smaller one becomes the layer's `attention_window`. Up to m·S+1 keys it is the
-    source's sliding window at any length; between, a token early in its block sees what the blocks hold. Memory rows
-    are read whatever the window.
+    ```python
+    source = keras_hub.models.LlamaBackbone(
+        vocabulary_size=50, num_layers=1, num_query_heads=4, num_key_value_heads=2, hidden_dim=16, intermediate_dim=24
+    )
+    backbone = keras_fam.hub.convert(source, block_size=8, memory_segments=1, fam_length=2)
+    hidden = backbone(np.zeros((1, 20), "int32"))              # [1, 20, 16]
+    ```
+
+    Without a second copy of the weights, and without memory: block-wise sliding window attention.
+
+    ```python
+    windowed = keras_fam.hub.convert(source, block_size=8, memory_segments=3, fam_length=0, weights="share")
+    ```
+
+    Layers, weights and settings are the source's: with `fam_length=0` (as far as the window reaches) and with
+    `initial_fam="summary"` (to the end of the first block), the logits are too. The first memory is the only new
+    weight. It is untrained, and harms what a model predicts after the first block until it is trained (`enable_lora`).
+
+    Sliding windows of the source are kept, layer by layer, inside the window of the blocks: a token attends to the
+    keys that both windows contain. The window of the blocks has m·S+1 to (m+1)·S keys, depending on the token's place
+    in its block. A source window of at least (m+1)·S keys is no restriction and is dropped; a smaller one becomes the
+    layer's `attention_window`. Up to m·S+1 keys, attention equals the source's at any length. Memory rows are read
+    whatever the window.
 
     Args:
         source: a backbone or a CausalLM of KerasHub: Llama, Llama 3 (SmolLM is a Llama), Mistral, Qwen (2, 2.5),
@@ -58,15 +78,15 @@ def convert(
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
-        weights: `"copy"`, or `"share"`: both models hold the same variables where the layouts agree in all weights
-            (Llama, Mistral, Qwen, Phi 3; Gemma's differ and are copied only). Training either then trains both, a
-            variable frozen in one is frozen in both, LoRA updates stay with the model that has them, and
-            nothing but the memory takes memory a second time (while this function runs, everything does).
-        seed: seed of the first memory, an integer or a `keras.random.SeedGenerator`. Its rows are drawn like token
-            embeddings: normal, with the mean and deviation that each of the D numbers has in the source's vocabulary.
+        weights: `"copy"`, or `"share"`: both models hold the same variables. Sharing needs equal layouts (Llama,
+            Mistral, Qwen, Phi 3; Gemma's differ and can only be copied). Training either model then trains both, a
+            variable frozen in one is frozen in both, and LoRA updates belong to the model that has them. While this
+            function runs, the weights take their memory twice.
+        seed: seed of the first memory, an integer or a `keras.random.SeedGenerator`. Its rows are drawn from a normal
+            distribution with the mean and standard deviation of the source's token embeddings, feature by feature.
         dtype: dtype or policy; None means the source's.
         name: name of the new model.
-        **options: what the source does not decide: `initial_fam`, `fam_position`, `memory_update`,
+        **options: settings that the source does not decide: `initial_fam`, `fam_position`, `memory_update`,
             `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings of
             `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where no window
             of the source narrows that of the blocks.
@@ -76,20 +96,20 @@ def convert(
         CausalLM; built, not compiled.
 
     Raises:
-        ValueError: for a class without a table, a field of the source that its table does not name or allow, a
-            quantized source, a weight that cannot be shared, an option that the source decides, and settings that
-            contradict each other. The source is left as it was.
+        ValueError: for a class that is not supported, a constructor field of the source whose value is not supported,
+            a quantized source, a weight that cannot be shared, an option that the source decides, and settings that
+            contradict each other. The source is left unchanged.
         ImportError: without KerasHub.
     """
     if weights not in ("copy", "share"):
-        raise ValueError(f"`weights` is 'copy' or 'share'; received {weights!r}.")
+        raise ValueError(f"`weights` must be 'copy' or 'share'; received {weights!r}.")
     theirs, is_task, preprocessor = unwrap_source(source)
     family = family_of(type(theirs))
     _check_options(options)
     check_fields(theirs, family)
     check_state(theirs)
     if is_task and {id(v) for v in source.weights} != {id(v) for v in theirs.weights}:
-        raise ValueError(f"{type(source).__name__} has weights beside its backbone's, which have no place here.")
+        raise ValueError(f"{type(source).__name__} has weights outside its backbone, which cannot be converted.")
     window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
     windows = sorted({layer["attention_window"] for layer in layers} - {None})
@@ -117,19 +137,19 @@ def convert(
 
 
 def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
-    """Makes a KerasHub model of a TransformerFAM model: nothing is locked in.
+    """Makes a KerasHub model from a TransformerFAM model.
 
     ```python
     llama = keras_fam.hub.to_keras_hub(lm, keras_hub.models.LlamaCausalLM)
     ```
 
-    The weights are copied; LoRA updates are merged into their kernels. KerasHub's models attend to everything they
-    read, so the numbers are the same as far as one block (or the whole sliding window of the source) goes.
+    The weights are copied; LoRA updates are merged into their kernels. KerasHub's models attend to the whole input, so
+    the outputs are equal as far as one block (or the sliding window of the source) reaches.
 
     Args:
         model: a built `TransformerFAMCausalLM` or `TransformerFAMBackbone`, converted or not.
         to: the class of KerasHub to make: a backbone or a CausalLM of one of the families of `convert`.
-        drop_memory: whether a memory may be left behind; without it, `fam_length` has to be 0.
+        drop_memory: whether a memory may be dropped; if False, `fam_length` must be 0.
         **fields: fields of the backbone's constructor in place of those that follow from the settings, such as a
             `sliding_window` that block windows had made needless.
 
@@ -137,8 +157,8 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
         An object of the class `to`; a CausalLM has the model's preprocessor.
 
     Raises:
-        ValueError: if the model has a memory, if the class has no table or cannot compute what the model does (the
-            setting is named), if the model is quantized, if a weight has no place.
+        ValueError: if the model has a memory, if the class is not supported or cannot express a setting of the model
+            (which is named), if the model is quantized, or if a weight has no counterpart.
         ImportError: without KerasHub.
     """
     models = keras_hub_models()
@@ -148,14 +168,14 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
     backbone = model.backbone if isinstance(model, TransformerFAMCausalLM) else model
     if not isinstance(backbone, TransformerFAMBackbone):
         raise ValueError(
-            f"The model is a TransformerFAMCausalLM or a TransformerFAMBackbone; received {type(model).__name__}."
+            f"The model must be a TransformerFAMCausalLM or a TransformerFAMBackbone; received {type(model).__name__}."
         )
     if not backbone.built:
         backbone.build()
     if backbone.fam_length and not drop_memory:
         raise ValueError(
-            f"KerasHub's models have no memory; this one has fam_length={backbone.fam_length}. Leave it behind with "
-            "drop_memory=True."
+            f"KerasHub's models have no memory; this one has fam_length={backbone.fam_length}. Pass drop_memory=True "
+            "to drop it."
         )
     check_state(backbone)
     unknown = sorted(set(fields) - set(constructor_fields(backbone_class)))
@@ -173,7 +193,7 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
             if not _same(key, value, block[key]):
                 raise ValueError(
                     f"{backbone_class.__name__} would have {key}={value!r} in layer {i} where the model has "
-                    f"{block[key]!r}. Choose the class of another family, or give the field that decides it."
+                    f"{block[key]!r}. Use the class of another family, or pass the constructor field that sets it."
                 )
     copy(pairs(backbone, made, family), back=True)
     if not is_task:
@@ -184,7 +204,7 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
 def _check_options(options):
     theirs = sorted(set(options) & ({*PLAIN, *SIZES, "layer_settings"} - {"attention_window"}))
     if theirs:
-        raise ValueError(f"The source decides {theirs}; leave these options out.")
+        raise ValueError(f"The source decides {theirs}; remove these options.")
     known = set(inspect.signature(TransformerFAMBackbone.__init__).parameters)
     unknown = sorted(set(options) - known)
     if unknown:

@@ -1,4 +1,4 @@
-"""What a table of `families` is made of."""
+"""The types of which the tables in `families` consist."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ PLAIN = {
 
 @dataclasses.dataclass(frozen=True)
 class Only:
-    """A field that has to have one value, and why."""
+    """A field for which one value is supported, and why."""
 
     value: object
     why: str
@@ -36,22 +36,22 @@ class Only:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """A field that the family's `read` takes care of."""
+    """A field that the family's `read` handles."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """A field that has no part in a text model's numbers; `value` is what a model made anew gets."""
+    """A field without effect on a text model's outputs; `value` is given to new models."""
 
     value: object
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a family of KerasHub backbones is in the words of this package.
+    """A family of KerasHub backbones, described by settings of this package.
 
     Args:
-        name: for people.
+        name: display name.
         backbones: names of its classes in `keras_hub.models`.
         fields: field of the constructor to the name of our setting, `Only`, `Read` or `Unused`.
         fixed: settings that all its models share, where they are not `PLAIN`.

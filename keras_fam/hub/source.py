@@ -1,4 +1,4 @@
-"""What a KerasHub model is: its family, and its constructor's fields as settings of a `TransformerFAMBackbone`."""
+"""A KerasHub model read: its family, and its constructor's fields as settings of a `TransformerFAMBackbone`."""
 
 import inspect
 import math
@@ -31,8 +31,8 @@ def family_of(backbone_class):
                 return family
     known = ", ".join(name for family in FAMILIES for name in family.backbones)
     raise ValueError(
-        f"There are tables for the backbones {known} of KerasHub and their CausalLMs; received {backbone_class!r}. "
-        "A class derived from one of them may compute something else; convert an object of the class itself."
+        f"Supported backbones of KerasHub are {known}, and their CausalLMs; received {backbone_class!r}. A subclass of "
+        "one of them may compute something else: convert an object of the class itself."
     )
 
 
@@ -43,7 +43,7 @@ def unwrap_source(source):
         return source, False, None
     if isinstance(source, models.CausalLM):
         return source.backbone, True, source.preprocessor
-    raise ValueError(f"The source is a Backbone or a CausalLM of KerasHub; received {type(source).__name__}.")
+    raise ValueError(f"The source must be a Backbone or a CausalLM of KerasHub; received {type(source).__name__}.")
 
 
 def walk(holder, path):
@@ -66,13 +66,13 @@ def check_fields(backbone, family):
     for name in sorted(names):
         if name not in family.fields:
             raise ValueError(
-                f"The table of {family.name} does not name the field `{name}` of {type(backbone).__name__}, so what it "
-                f"computes is not known here; it is {getattr(backbone, name, None)!r}. Convert a model without it."
+                f"The field `{name}` of {type(backbone).__name__} is unknown to this conversion of {family.name}; "
+                f"received {getattr(backbone, name, None)!r}. Convert a model without it."
             )
         rule = family.fields[name]
         if isinstance(rule, Only) and getattr(backbone, name, rule.value) != rule.value:
             raise ValueError(
-                f"`{name}` of {type(backbone).__name__} has to be {rule.value!r}: {rule.why}; received "
+                f"`{name}` of {type(backbone).__name__} must be {rule.value!r}: {rule.why}; received "
                 f"{getattr(backbone, name)!r}."
             )
 
@@ -82,12 +82,12 @@ def check_state(backbone):
     for layer in backbone._flatten_layers():
         if getattr(layer, "quantization_mode", None) is not None:
             raise ValueError(
-                f"The source is quantized ({layer.quantization_mode} in {layer.path}), and its numbers have lost what "
-                "training needs. Convert the model first, and quantize what comes out."
+                f"The source is quantized ({layer.quantization_mode} in {layer.path}), and its rounded "
+                "weights cannot be trained. Convert the model before it is quantized, and quantize the result."
             )
     if backbone.compute_dtype == "float16" and type(backbone).__name__ == "Gemma3Backbone":
         raise ValueError(
-            "Gemma 3 in float16 clips its residuals, which is not done here. Load the source in bfloat16 or float32."
+            "Gemma 3 in float16 clips its residuals, which is not supported. Load the source in bfloat16 or float32."
         )
 
 
@@ -114,16 +114,16 @@ def layer_settings(backbone, family, reach):
         _check_rotation(backbone, layer, family, settings)
         layers.append(settings)
     if not layers:
-        raise ValueError("The source has at least one layer; received num_layers=0.")
+        raise ValueError("The source must have at least one layer; received num_layers=0.")
     return layers
 
 
 def _check_norm(backbone, settings):
     if backbone.layer_norm.epsilon != settings["norm_epsilon"]:
         raise ValueError(
-            f"`layer_norm_epsilon`={backbone.layer_norm.epsilon} holds for the source's final norm alone, its layers "
-            f"compute with {settings['norm_epsilon']} (KerasHub does not hand the field on); here all norms have one "
-            "epsilon. Build the source with the epsilon of its layers."
+            f"`layer_norm_epsilon`={backbone.layer_norm.epsilon} is the epsilon of the source's final norm alone; "
+            f"its layers use {settings['norm_epsilon']} (KerasHub does not pass the field on). Here all norms have one "
+            "epsilon: build the source with the epsilon of its layers."
         )
 
 
@@ -139,9 +139,9 @@ def _check_rotation(backbone, layer, family, settings):
         fields = {name: getattr(backbone, name) for name in family.fields if "rope" in name and hasattr(backbone, name)}
         worst = math.exp(np.abs(np.log(np.maximum(found, 1e-30) / wanted)).max())
         raise ValueError(
-            f"The layers of the source do not rotate as its fields say: {fields} should give other frequencies, up to "
-            f"{worst:.3g} times. This KerasHub does not use all of these fields; build the source without those that "
-            "it leaves out, or update it."
+            f"The layers of the source do not rotate as its fields say: {fields} imply other frequencies, by a factor "
+            f"of up to {worst:.3g}. This KerasHub ignores some of these fields; build the source without them, or update "
+            "KerasHub."
         )
 
 

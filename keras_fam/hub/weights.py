@@ -1,4 +1,4 @@
-"""Weights from one model to the other: copied, shared, and counted, so that none is forgotten on either side."""
+"""Weights copied or shared between two models, with a check that none is left out on either side."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def variable(layer, name):
 
 
 def memory_weights(backbone):
-    """The weights that the source has no counterpart of: the first memory, and what Random State Passing keeps."""
+    """The weights without a counterpart in the source: the first memory, and the memory of Random State Passing."""
     found = [backbone.memory_prompt] + [block.attention.initial_fam_rows for block in backbone.blocks]
     passing = backbone.random_state_passing
     return [v for v in found if v is not None] + ([] if passing is None else list(passing.weights))
@@ -66,7 +66,7 @@ def _pair(our_path, ours, their_path, theirs, layout, prefix=""):
     def layer(holder, path):
         found = walk(holder, path.rpartition(".")[0])
         if found is None or getattr(found, path.rpartition(".")[2], None) is None:
-            raise ValueError(f"{type(holder).__name__} has no weight `{path}`, which its family's table names.")
+            raise ValueError(f"{type(holder).__name__} has no weight `{path}`, which its conversion expects.")
         return found
 
     names = our_path.rpartition(".")[2], their_path.rpartition(".")[2]
@@ -80,7 +80,7 @@ def _check_left_over(model, used, others):
             seen |= {id(v) for v in layer.weights if "lora" in v.name}
     left = [v.path for v in model.weights if id(v) not in seen]
     if left:
-        raise ValueError(f"{type(model).__name__} has weights that its family's table does not name: {left}.")
+        raise ValueError(f"{type(model).__name__} has weights that its conversion does not know: {left}.")
 
 
 def copy(pair_list, back=False):
@@ -92,12 +92,12 @@ def copy(pair_list, back=False):
         value = LAYOUTS[p.layout][1 if back else 0](value)
         if tuple(value.shape) != tuple(target.shape):
             raise ValueError(f"{p.path} has the shape {tuple(target.shape)}; received {tuple(value.shape)}.")
-        # A copy of its own: a training step on JAX gives the buffers of its variables away.
+        # A copy: a training step on JAX donates the buffers of its variables.
         target.assign(ops.copy(ops.cast(value, target.dtype)))
 
 
 def share(pair_list, backbone):
-    """Puts the source's own variables into our layers; ValueError, and nothing done, if one cannot be shared."""
+    """Replaces our variables by the source's; ValueError if one cannot be shared, before anything is changed."""
     for p in pair_list:
         ours, theirs = variable(p.ours, p.our_name), variable(p.theirs, p.their_name)
         if p.layout is not None:
@@ -121,9 +121,9 @@ def share(pair_list, backbone):
 
 
 def draw_memory(backbone, seed=None):
-    """Draws the first memory: rows like token embeddings, normal, each number with the mean and deviation of its own.
+    """Draws the first memory: normal rows with the mean and deviation of the token embeddings, feature by feature.
 
-    `"prefix"` has rows of its own in every layer: there they are those rows, carried up through the layers below.
+    With `initial_fam="prefix"`, each layer's rows are these rows passed through the layers below.
     """
     if not backbone.fam_length:
         return

@@ -47,17 +47,16 @@ def model_config(name: str, **changes) -> dict:
         ValueError: for an unknown name.
     """
     if name not in MODEL_CONFIGS:
-        raise ValueError(f"Presets are {', '.join(MODEL_CONFIGS)}; received {name!r}.")
+        raise ValueError(f"`name` must be one of {', '.join(MODEL_CONFIGS)}; received {name!r}.")
     return {**MODEL_CONFIGS[name], **changes}
 
 
 def weight_shapes(settings: dict) -> dict:
-    """Names and shapes of all trainable weights of a backbone, without making one.
+    """Names and shapes of all trainable weights of a backbone, without creating one.
 
     Args:
         settings: keywords of `TransformerFAMBackbone`, for example from `model_config`. Sizes, heads, gating, biases,
-            norms
-            and memory are read.
+            norms and memory are read.
 
     Returns:
         A dict from weight name to shape.
@@ -100,5 +99,5 @@ def weight_shapes(settings: dict) -> dict:
 
 
 def count_weights(settings: dict) -> int:
-    """How many trainable numbers a backbone with these settings has, without making it."""
+    """The number of trainable parameters of a backbone with these settings, without creating it."""
     return sum(math.prod(shape) for shape in weight_shapes(settings).values())

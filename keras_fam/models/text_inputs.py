@@ -1,4 +1,4 @@
-"""Text in, as in KerasHub: strings pass the model's preprocessor on their way into `fit`, `evaluate` and `predict`."""
+"""Strings in `fit`, `evaluate` and `predict`, by way of the model's preprocessor, as in KerasHub."""
 
 import numpy as np
 from keras import ops
@@ -33,11 +33,11 @@ def preprocessed(model, x, y=None, sample_weight=None):
         return x, y, sample_weight
     if model.preprocessor is None:
         raise ValueError(
-            f"Strings pass a preprocessor, and {model.name} has none: convert a CausalLM that has one, or set "
+            f"Strings need a preprocessor, and {model.name} has none: convert a CausalLM that has one, or set "
             "`model.preprocessor` to a CausalLMPreprocessor of KerasHub."
         )
     if y is not None or sample_weight is not None:
-        raise ValueError("The preprocessor makes targets and weights out of the strings; leave `y` and weights out.")
+        raise ValueError("The preprocessor makes targets and weights from the strings; leave `y` and weights out.")
     if hasattr(x, "element_spec"):
         return x.map(model.preprocessor), None, None
     if hasattr(x, "tolist"):
@@ -75,7 +75,7 @@ class TextTask:
         return super().predict(preprocessed(self, x)[0], *args, **kwargs)
 
     def score(self, token_ids, padding_mask=None, scoring_mode="logits", target_ids=None):
-        """Scores token ids, as in KerasHub; rows start anew.
+        """Scores token ids, as in KerasHub; every row is read from its beginning.
 
         Args:
             token_ids: int `[B, T]`.
@@ -84,15 +84,15 @@ class TextTask:
             target_ids: int `[B, T]`, for `"loss"`: for next tokens, `ops.roll(token_ids, -1, axis=1)`.
 
         Returns:
-            `[B, T, V]` logits, or float32 `[B, T]` losses. Entries at padding mean nothing: logits are 0 there.
+            `[B, T, V]` logits, or float32 `[B, T]` losses. Ignore entries at padding: logits are 0 there.
 
         Raises:
             ValueError: for another mode, or `"loss"` without targets.
         """
         if scoring_mode not in ("logits", "loss"):
-            raise ValueError(f"`scoring_mode` is 'logits' or 'loss'; received {scoring_mode!r}.")
+            raise ValueError(f"`scoring_mode` must be 'logits' or 'loss'; received {scoring_mode!r}.")
         if scoring_mode == "loss" and target_ids is None:
-            raise ValueError("scoring_mode='loss' needs `target_ids` [B, T], the tokens whose loss is wanted.")
+            raise ValueError("scoring_mode='loss' needs `target_ids` [B, T], the tokens to score.")
         if target_ids is not None:
             check_ids_of(self, target_ids, padding_mask=padding_mask)
         logits = self(token_ids, padding_mask=padding_mask, training=False)

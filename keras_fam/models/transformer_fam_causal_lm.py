@@ -15,16 +15,51 @@ from keras_fam.training.checked_inputs import CheckedInputs
 class TransformerFAMCausalLM(
     GenerationMixin, LoRAMixin, PresetMixin, TextTask, CheckedInputs, TokenInputs, keras.Model
 ):
-    """A language model that reads without end: `[B, T]` token ids to `[B, T, V]` logits.
+    """A language model over a stream of any length: token ids `[B, T]` to logits `[B, T, V]`.
+
+    The logits of a token say what comes next: the backbone's hidden states, multiplied by the (transposed) embedding.
+
+    A small model, called and completing a prompt:
+
+    ```python
+    backbone = keras_fam.TransformerFAMBackbone(
+        vocabulary_size=50, num_layers=1, hidden_dim=16, num_query_heads=2, intermediate_dim=32,
+        block_size=8, memory_segments=1, fam_length=2,
+    )
+    lm = keras_fam.TransformerFAMCausalLM(backbone)
+    logits = lm(np.array([[5, 3, 8, 1]]))                      # [1, 4, 50]
+    lm.compile(sampler="greedy")                               # Adam, cross-entropy of the next token
+    tokens = lm.generate([[5, 3, 8]], max_length=12, stop_token_ids=None)  # a list of 12 ids, the prompt included
+    ```
+
+    Trained as any Keras model, with the next tokens as targets, by LoRA alone:
+
+    ```python
+    token_ids = np.random.default_rng(0).integers(0, 50, (4, 17))
+    lm.enable_lora(rank=2)
+    lm.compile("adam")
+    history = lm.fit(token_ids[:, :-1], token_ids[:, 1:], batch_size=2, verbose=0)
+    ```
+
+    Saved to a folder, and loaded under any backend:
+
+    ```python
+    lm.save_to_preset("my_model")
+    lm = keras_fam.TransformerFAMCausalLM.from_preset("my_model")
+    ```
+
+    A `StreamingModel` around it reads and writes texts without an end; `keras_fam.hub.convert` makes one from a model
+    of KerasHub.
 
     `fit` takes token ids (or a dict of `"token_ids"` and `"padding_mask"`), the next tokens as targets, and loss
-    weights `[B, T]` as sample weights. `compile()` without arguments chooses Adam and the sparse cross-entropy.
+    weights `[B, T]` as sample weights; with a preprocessor also strings. Calls, `advance`, `get_initial_state` and
+    `state_spec` are those of the backbone, with logits in the compute dtype as outputs.
 
     Args:
         backbone: a `TransformerFAMBackbone`.
-        preprocessor: None, or an object that is kept with the model (a KerasHub preprocessor).
-
-    Calls, `advance`, `get_initial_state` and `state_spec` are those of the backbone, with logits as outputs.
+        preprocessor: None, or a preprocessor of KerasHub for strings (`CausalLMPreprocessor`), kept with the model.
+        name: name of the model.
+        **kwargs: `dtype` (default: the backbone's) and other arguments of `keras.Model`.
     """
 
     def __init__(self, backbone: TransformerFAMBackbone, preprocessor=None, name: str | None = None, **kwargs):
@@ -34,13 +69,13 @@ class TransformerFAMCausalLM(
         self.preprocessor = preprocessor
 
     def __setattr__(self, name, value):
-        if name == "preprocessor":  # no part of what is computed: kept past Keras' tracking, so it can be replaced
+        if name == "preprocessor":  # no part of the computation: not tracked by Keras, so that it can be replaced
             vars(self)[name] = value
         else:
             super().__setattr__(name, value)
 
     def build(self, input_shape=None):
-        """Makes all weights; `input_shape` may be left out."""
+        """Creates all weights; `input_shape` may be left out."""
         self.backbone.build(input_shape)
         self.built = True
 
@@ -63,17 +98,17 @@ class TransformerFAMCausalLM(
 
     @classmethod
     def from_preset(cls, folder, *, preprocessor="auto", load_weights=True, **changes):
-        """The language model that `save_to_preset` put into a folder, under any backend.
+        """Loads the language model that `save_to_preset` saved to a folder, under any backend.
 
         Args:
-            folder: the folder.
-            preprocessor: `"auto"` is the folder's; or None, or an object.
-            load_weights: whether the weights are loaded, or drawn anew.
+            folder: str or path of the folder.
+            preprocessor: `"auto"` loads the folder's; or None, or an object to use instead.
+            load_weights: whether the weights are loaded, or initialized at random.
             **changes: settings of the backbone in place of the saved ones, such as `dtype` or `blocks_per_step`.
 
         Raises:
-            ValueError: if the folder is no preset of this package, or its weights do not fit the settings.
-            ImportError: if its preprocessor needs KerasHub, and that is missing.
+            ValueError: if the folder is not a preset of this package, or its weights do not fit the settings.
+            ImportError: if its preprocessor needs KerasHub, which is not installed.
         """
         backbone, folder = load_backbone(folder, TransformerFAMBackbone, load_weights, **changes)
         if isinstance(preprocessor, str) and preprocessor == "auto":

@@ -28,7 +28,7 @@ def export_step(model, path, format: str, *, tokens: int = 1, batch_size: int | 
     """Writes one step of a stream: the next `tokens` tokens and a state in, outputs and the next state out.
 
     ```python
-    keras_fam.export.step.export_step.export_step(lm, "lm.onnx", "onnx")  # writes lm.onnx, lm.state.npz, lm.json
+    keras_fam.export_step(lm, "lm.onnx", "onnx")  # writes lm.onnx, lm.state.npz, lm.json
     ```
 
     and, where neither keras_fam nor Keras is installed:
