@@ -140,8 +140,8 @@ def _check_rotation(backbone, layer, family, settings):
         worst = math.exp(np.abs(np.log(np.maximum(found, 1e-30) / wanted)).max())
         raise ValueError(
             f"The layers of the source do not rotate as its fields say: {fields} imply other frequencies, by a factor "
-            f"of up to {worst:.3g}. This KerasHub ignores some of these fields; build the source without them, or update "
-            "KerasHub."
+            f"of up to {worst:.3g}. This KerasHub ignores some of these fields; build the source without them, or "
+            "update KerasHub."
         )
 
 
