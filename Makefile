@@ -12,7 +12,7 @@ SHELL := bash
 # TensorFlow logs a few lines to stderr when it is imported, whatever TF_CPP_MIN_LOG_LEVEL says.
 QUIET = 2> >(grep --line-buffered -vE '^(WARNING: All log messages before absl|[IW]0000 )' >&2)
 
-.PHONY: demo test lint benchmark peers distributed tpu gpu smollm2 smollm2-lora clean
+.PHONY: demo test lint benchmark peers distributed tpu gpu smollm2 smollm2-lora notebook-pretrained clean
 
 # Trains FAM and BSWA on PassKey and streams long texts. `make demo BACKEND=torch` for another backend.
 demo: $(VENV)/.$(BACKEND)
@@ -49,6 +49,10 @@ smollm2-lora: $(VENV)/.smollm2
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 train --run-name bswa --fam 0 $(ARGS)
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 train --run-name fam $(ARGS)
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 evaluate
+
+# Runs the notebook on a pre-trained model and stores its outputs; about a quarter of an hour.
+notebook-pretrained: $(VENV)/.smollm2
+	KERAS_BACKEND=$(BACKEND) $(RUN) examples.notebooks.run examples/notebooks/pretrained.ipynb $(ARGS)
 
 # Losses and streams over several (simulated) devices against one, on the three backends.
 distributed: $(VENV)/.all
