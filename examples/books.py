@@ -27,7 +27,7 @@ from keras_fam.data import DocumentRows
 
 SYSTEMS = {
     "BSWA": {"fam_length": 0},
-    "FAM_N": {"fam_feedback": "normalized"},
+    "FAM_N": {"memory_update": "normalized"},
     "FAM": {},
 }
 TITLES = {"BSWA": "BSWA", "FAM_N": "FAM, normalized", "FAM": "FAM (paper)"}

@@ -32,7 +32,7 @@ def train(task, fam_length, epochs):
         block_size=BLOCK,
         memory_segments=0,  # attention sees the block of a token, and the memory
         fam_length=fam_length,
-        fam_feedback="normalized",
+        memory_update="normalized",
     )
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.compile(keras.optimizers.Adam(5e-3))

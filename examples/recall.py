@@ -25,14 +25,16 @@ import numpy as np
 
 import keras_fam
 from examples.record import run_record
+from keras_fam import TransformerFAMBackbone
+from keras_fam.baselines import RMTBackbone
 from keras_fam.evaluation import ABLATIONS, StreamScorer, summary
 from keras_fam.tasks import AssociativeRecall
 
 SYSTEMS = {
-    "FAM": ("FAM (paper)", {}),
-    "FAM_N": ("FAM, normalized", {"fam_feedback": "normalized"}),
-    "RMT": ("RMT", {"fam_recurrence": "stack"}),
-    "BSWA": ("BSWA, one segment", {"fam_length": 0, "memory_segments": 1}),
+    "FAM": ("FAM (paper)", TransformerFAMBackbone, {}),
+    "FAM_N": ("FAM, normalized", TransformerFAMBackbone, {"memory_update": "normalized"}),
+    "RMT": ("RMT", RMTBackbone, {}),
+    "BSWA": ("BSWA, one segment", TransformerFAMBackbone, {"fam_length": 0, "memory_segments": 1}),
 }
 TASKS = {  # name: (settings by pairs, smallest and largest number of pairs trained on, numbers of pairs tested)
     "remember": (lambda pairs: {}, (1, 8), (1, 2, 3, 4, 5, 6, 7, 8)),
@@ -65,12 +67,10 @@ def make_task(args, name, pairs, **settings):
     return AssociativeRecall(num_pairs=pairs, **settings)
 
 
-def make_model(args, **changes):
+def make_model(args, backbone_class=TransformerFAMBackbone, **changes):
     settings = {"fam_length": args.fam_length, "memory_segments": 0, **changes}
     vocabulary_size = make_task(args, "remember", NEAR).vocabulary_size
-    backbone = keras_fam.TransformerFAMBackbone(
-        vocabulary_size, LAYERS, args.width, 4, 2 * args.width, block_size=BLOCK, **settings
-    )
+    backbone = backbone_class(vocabulary_size, LAYERS, args.width, 4, 2 * args.width, block_size=BLOCK, **settings)
     model = keras_fam.TransformerFAMCausalLM(backbone)
     model.build()
     return model
@@ -140,7 +140,8 @@ def train(args, name, task, seed):
     """`(model, steps, seconds, steps by number of pairs)`."""
     first = first_model(args, seed)
     keras.utils.set_random_seed(seed)
-    model, started = make_model(args, **SYSTEMS[name][1]), time.perf_counter()
+    _, backbone_class, settings = SYSTEMS[name]
+    model, started = make_model(args, backbone_class, **settings), time.perf_counter()
     for new, old in zip((v for v in model.weights if "memory_prompt" not in v.path), first.weights, strict=True):
         new.assign(old)
     steps, grown = fit(model, Pairs(args, task, seed), args.steps, args.learning_rate)

@@ -98,7 +98,7 @@ def main(argv=None):
     keras.utils.set_random_seed(0)
     lm = keras_fam.TransformerFAMCausalLM(
         keras_fam.TransformerFAMBackbone(
-            VOCABULARY, 2, 128, 4, 384, block_size=BLOCK, memory_segments=1, fam_length=8, fam_feedback="normalized"
+            VOCABULARY, 2, 128, 4, 384, block_size=BLOCK, memory_segments=1, fam_length=8, memory_update="normalized"
         )
     )
     rows = keras_fam.StreamingModel(lm, args.rows)

@@ -47,7 +47,7 @@ def build(system, args):
         block_size=args.block_size,
         memory_segments=args.memory_segments,
         fam_length=args.fam_length if system == "fam" else 0,
-        fam_feedback=args.fam_feedback,
+        memory_update=args.memory_update,
         blocks_per_step=args.blocks_per_step,
         remat=args.remat,
         scan_layers=args.scan_layers,
@@ -171,7 +171,7 @@ def main(argv=None):
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--memory-segments", type=int, default=1)
     parser.add_argument("--fam-length", type=int, default=32)
-    parser.add_argument("--fam-feedback", default="residual")
+    parser.add_argument("--memory-update", default="residual")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--vocabulary", type=int, default=256)
     parser.add_argument("--blocks-per-step", type=int)

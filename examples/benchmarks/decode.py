@@ -65,7 +65,7 @@ def make_model(args):
         block_size=args.block_size,
         memory_segments=args.memory_segments,
         fam_length=args.fam_length,
-        fam_feedback="normalized",
+        memory_update="normalized",
         tie_weights=False,
     )
     return keras_fam.TransformerFAMCausalLM(backbone)

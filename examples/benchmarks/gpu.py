@@ -52,7 +52,7 @@ def settings_of(args):
     """Keywords of the backbone: the paper's 1B, or a small one."""
     import keras_fam
 
-    settings = keras_fam.model_config("paper_1b", random_state_passing=0.0, fam_feedback=args.fam_feedback)
+    settings = keras_fam.model_config("paper_1b", random_state_passing=0.0, memory_update=args.memory_update)
     return settings | (SMALL_MODEL if args.small else {})
 
 
@@ -369,7 +369,7 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=1, help="rows that decode together")
     parser.add_argument("--blocks-per-step", type=int, default=8, help="blocks that a prefill reads at a time")
     parser.add_argument("--train-blocks", type=int, default=2, help="blocks between checkpoints of a train step")
-    parser.add_argument("--fam-feedback", choices=("residual", "normalized"), default="residual")
+    parser.add_argument("--memory-update", choices=("residual", "normalized"), default="residual")
     parser.add_argument("--longest-full", type=int, default=256 * K, help="most tokens read with full attention")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls (of a token: 16 times as many)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time after which no call is started")

@@ -44,7 +44,7 @@ def main(argv=None):
         block_size=args.block_size,
         memory_segments=args.memory_segments,
         fam_length=args.fam_length,
-        fam_feedback="normalized",
+        memory_update="normalized",
     )
     model = keras_fam.TransformerFAMCausalLM(backbone)
     stream = keras_fam.StreamingModel(model, batch_size=1)

@@ -35,7 +35,7 @@ def make_backbone(args, blocks_per_step=None):
         block_size=args.block_size,
         memory_segments=args.memory_segments,
         fam_length=args.fam_length,
-        fam_feedback="normalized",
+        memory_update="normalized",
         blocks_per_step=blocks_per_step,
     )
     backbone.build()
@@ -59,6 +59,7 @@ def by_diagonals(backbone, num_blocks):
     import jax.numpy as jnp
     import keras
 
+    from keras_fam.layers.chunk import make_chunk
     from keras_fam.state import LayerState, StreamPosition, advance_position
 
     first, L, S = backbone.blocks[0], backbone.num_layers, backbone.block_size
@@ -69,8 +70,9 @@ def by_diagonals(backbone, num_blocks):
 
     def one_layer(weights, x, state, position, active):
         with keras.StatelessScope(state_mapping=list(zip(first.variables, weights, strict=True))):
-            y, new, _ = first.advance_layer(x, state, position, start="boundary")
-        moved, _ = advance_position(position, S, S, first.attention.max_memories)
+            chunk = make_chunk(x, position, S, "block")
+            y, new, _ = first.forward_chunk(x, state, position, chunk)
+            moved = advance_position(position, chunk, first.max_memories)
         keep = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new, moved), (state, position))
         return y, *keep
 

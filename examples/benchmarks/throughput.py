@@ -76,7 +76,7 @@ def main(argv=None):
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--memory-segments", type=int, default=1)
     parser.add_argument("--fam-length", type=int, default=32)
-    parser.add_argument("--fam-feedback", default="residual")
+    parser.add_argument("--memory-update", default="residual")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=256)
     parser.add_argument("--blocks-per-step", type=int)

@@ -14,7 +14,7 @@ class Level(NamedTuple):
     """A level of the curriculum; training climbs to the next one when the mean loss of an epoch is small enough."""
 
     steps: int  # in the longest text
-    noise: float = 0.0  # its standard deviation, as `fam_noise`
+    noise: float = 0.0  # its standard deviation, as a memory update's `noise`
     start: int = 1  # groups of rows with texts of that length and the key at the start
     anywhere: int = 1  # groups with the key anywhere
     short: int = 3  # steps in the longest text of the other groups

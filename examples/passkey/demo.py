@@ -48,7 +48,7 @@ def options():
     shared.add_argument("--longest", type=int, default=16, help="chunks in the longest text trained on")
     shared.add_argument("--batch", type=int, default=32)
     shared.add_argument("--learning-rate", type=float, default=2e-3)
-    shared.add_argument("--fam-noise", type=float, default=0.7, help="noise on the normalized memory in training")
+    shared.add_argument("--noise", type=float, default=0.7, help="noise on the memory in training, where there is some")
     return shared
 
 
@@ -67,13 +67,12 @@ def parser():
 
 def models(args):
     """Title and settings of each model by name; the last two ablate one of the two additions to the paper's form."""
-    noise = {"fam_noise": args.fam_noise}
     return {
-        "normalized": ("FAM (normalized, noise)", {"fam_feedback": "normalized", **noise}),
+        "normalized": ("FAM (normalized, noise)", {"memory_update": keras_fam.Normalized(noise=args.noise)}),
         "paper": ("FAM (paper)", {}),
         "bswa": ("BSWA", {"fam_length": 0}),
-        "normalized_only": ("FAM (normalized)", {"fam_feedback": "normalized"}),
-        "noise_only": ("FAM (paper, noise)", noise),
+        "normalized_only": ("FAM (normalized)", {"memory_update": "normalized"}),
+        "noise_only": ("FAM (paper, noise)", {"memory_update": keras_fam.Residual(noise=args.noise)}),
     }
 
 
@@ -139,11 +138,11 @@ class Texts(keras.utils.PyDataset):
         return block, np.roll(block, -1, axis=1), weights
 
 
-def train(title, settings, task, args):
+def train(title, settings, task, args, backbone_class=keras_fam.TransformerFAMBackbone):
     """Trains a language model with `fit`; returns it and the seconds that it took."""
     keras.utils.set_random_seed(args.seed)
     settings = {"fam_length": args.fam_length, "memory_segments": args.memory_segments, **settings}
-    backbone = keras_fam.TransformerFAMBackbone(
+    backbone = backbone_class(
         task.vocabulary_size,
         args.layers,
         args.width,
@@ -219,10 +218,11 @@ def main(argv=None):
                 row = [exact(model, task, count, args, ablation) for count in blocks[:3]]
                 table[f"{title}, memory {ablation}"] = row + [None] * (len(blocks) - 3)
     print(f"\nexact keys in %, {args.test_rows} held-out rows; chance {100 * task.chance:.3g} %")
-    print(f"{'filler tokens':<34}" + "".join(f"{n:>9,}" for n in lengths))
-    print(f"{'times the longest text trained on':<34}" + "".join(f"{n:>9}" for n in args.test_factors))
+    width = 2 + max(map(len, [*table, "times the longest text trained on"]))
+    print(f"{'filler tokens':<{width}}" + "".join(f"{n:>9,}" for n in lengths))
+    print(f"{'times the longest text trained on':<{width}}" + "".join(f"{n:>9}" for n in args.test_factors))
     for title, row in table.items():
-        print(f"{title:<34}" + "".join(f"{'' if v is None else f'{100 * v:.1f}':>9}" for v in row))
+        print(f"{title:<{width}}" + "".join(f"{'' if v is None else f'{100 * v:.1f}':>9}" for v in row))
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
         **run_record("examples.passkey.demo", args, argv),

@@ -39,6 +39,7 @@ PROSE = {
     "austen": "Austen's novels",
     "king_james": "the King James Bible",
 }
+UPDATES = {"residual": keras_fam.Residual, "normalized": keras_fam.Normalized, "binary": keras_fam.Binary}
 NAMES = ("recipe", "paper", "bswa")
 
 
@@ -57,8 +58,8 @@ def arguments(argv=None):
     parser.add_argument("--final-steps", type=int, nargs="*", default=[4000, 6000], help="of each final phase")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--hidden-dim", type=int, default=96, help="of every model; heads have 16")
-    parser.add_argument("--fam-feedback", default="binary", help="of the recipe")
-    parser.add_argument("--fam-noise", type=float, default=0.8, help="of the recipe")
+    parser.add_argument("--memory-update", choices=list(UPDATES), default="binary", help="of the recipe")
+    parser.add_argument("--noise", type=float, default=0.8, help="of the recipe")
     parser.add_argument("--replaced", type=float, default=0.4, help="largest share of words replaced in training")
     parser.add_argument("--final-replaced", type=float, default=0.4, help="the same in the final phases")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
@@ -73,9 +74,9 @@ def arguments(argv=None):
 
 def models(args):
     """Title and settings of each model by name."""
-    recipe = {"fam_feedback": args.fam_feedback, "fam_noise": args.fam_noise}
+    recipe = {"memory_update": UPDATES[args.memory_update](noise=args.noise)}
     return {
-        "recipe": (f"FAM ({args.fam_feedback}, noise)", recipe),
+        "recipe": (f"FAM ({args.memory_update}, noise)", recipe),
         "paper": ("FAM (paper)", {}),
         "bswa": ("BSWA", {"fam_length": 0}),
     }

@@ -11,6 +11,7 @@ import argparse
 import json
 import pathlib
 
+import keras_fam
 from examples.passkey.demo import make_task, options, train
 from examples.passkey.systems import LENGTHS, exact
 from examples.record import run_record
@@ -18,7 +19,7 @@ from examples.record import run_record
 SWEEPS = {
     "baseline": [{}],
     "memory rows (Fig. 5)": [{"fam_length": n} for n in (2, 4, 16)],
-    "position (Table 5)": [{"fam_position": "float"}, {"fam_position": "zero"}, {"fam_query_position": "current"}],
+    "position (Table 5)": [{"fam_position": "float"}, {"fam_query_position": "current"}],
     "visible memories (Table 6)": [{"num_visible_memories": n} for n in (2, 4)],
     "first memory (App. B.1)": [{"initial_fam": "summary"}, {"initial_fam": "prefix"}],
 }
@@ -61,7 +62,7 @@ def plot(found, path):
 def main(argv=None):
     args = parser().parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    task, base = make_task(args), {"fam_feedback": "normalized", "fam_noise": args.fam_noise}
+    task, base = make_task(args), {"memory_update": keras_fam.Normalized(noise=args.noise)}
     path = args.out / "sweeps.json"
     found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     found |= run_record("examples.passkey.sweeps", args, argv)

@@ -12,23 +12,27 @@ import json
 import pathlib
 import time
 
+import keras_fam
 from examples.passkey.demo import make_task, options, train
 from examples.record import run_record
+from keras_fam import TransformerFAMBackbone
+from keras_fam.baselines import FeedbackMemoryBackbone, RMTBackbone, SummaryFAMBackbone
 from keras_fam.evaluation import ABLATIONS, StreamScorer, summary
 
-SYSTEMS = {
-    "M0": ("BSWA M0", {"fam_length": 0, "memory_segments": 0}),
-    "M1": ("BSWA M1", {"fam_length": 0, "memory_segments": 1}),
-    "M2": ("BSWA M2", {"fam_length": 0, "memory_segments": 2}),
-    "M4": ("BSWA M4", {"fam_length": 0, "memory_segments": 4}),
-    "M1_SG": ("BSWA M1, stop gradient", {"fam_length": 0, "memory_segments": 1, "stop_memory_gradient": True}),
-    "FM1": ("FM 1", {"fam_length": 0, "memory_segments": 1, "segment_source": "outputs"}),
-    "FM2": ("FM 2", {"fam_length": 0, "memory_segments": 2, "segment_source": "outputs"}),
-    "SUM": ("SUM FAM", {"fam_query": "static"}),
-    "RMT": ("RMT", {"fam_recurrence": "stack"}),
-    "FAM": ("FAM", {}),
-    "FAM_N": ("FAM, normalized", {"fam_feedback": "normalized"}),
-    "RMT_N": ("RMT, normalized", {"fam_recurrence": "stack", "fam_feedback": "normalized"}),
+FAM, FM, SUM, RMT = TransformerFAMBackbone, FeedbackMemoryBackbone, SummaryFAMBackbone, RMTBackbone
+SYSTEMS = {  # title, class of the backbone, settings
+    "M0": ("BSWA M0", FAM, {"fam_length": 0, "memory_segments": 0}),
+    "M1": ("BSWA M1", FAM, {"fam_length": 0, "memory_segments": 1}),
+    "M2": ("BSWA M2", FAM, {"fam_length": 0, "memory_segments": 2}),
+    "M4": ("BSWA M4", FAM, {"fam_length": 0, "memory_segments": 4}),
+    "M1_SG": ("BSWA M1, stop gradient", FAM, {"fam_length": 0, "memory_segments": 1, "stop_memory_gradient": True}),
+    "FM1": ("FM 1", FM, {"fam_length": 0, "memory_segments": 1}),
+    "FM2": ("FM 2", FM, {"fam_length": 0, "memory_segments": 2}),
+    "SUM": ("SUM FAM", SUM, {}),
+    "RMT": ("RMT", RMT, {}),
+    "FAM": ("FAM", FAM, {}),
+    "FAM_N": ("FAM, normalized", FAM, {"memory_update": "normalized"}),
+    "RMT_N": ("RMT, normalized", RMT, {"memory_update": "normalized"}),
 }
 ROWS = 64
 LENGTHS = [3, 4, 5, 7, 9, 17, 33, 65, 129, 257, 529]  # blocks in the texts that are read
@@ -57,15 +61,17 @@ def exact(model, task, blocks, args, ablation=None):
 
 def run(name, task, args):
     """Trains a system, keeps its weights and reads the texts; the results as a dict."""
-    title, settings = SYSTEMS[name]
-    if "fam_feedback" in settings:  # the recipe for length: normalized, with noise in training
-        title, settings = f"{title}, noise {args.fam_noise}", {**settings, "fam_noise": args.fam_noise}
+    title, backbone_class, settings = SYSTEMS[name]
+    recorded = {"backbone": backbone_class.__name__, **settings}
+    if "memory_update" in settings:  # the recipe for length: normalized, with noise in training
+        title, settings = f"{title}, noise {args.noise}", {"memory_update": keras_fam.Normalized(noise=args.noise)}
+        recorded["noise"] = args.noise
     started = time.perf_counter()
-    model, seconds = train(title, settings, task, args)
+    model, seconds = train(title, settings, task, args, backbone_class)
     model.save(args.out / f"{name}.keras")
     attention = model.backbone.blocks[0].attention
     window = (attention.memory_segments + 1) * attention.block_size
-    result = {"title": title, "settings": settings, "window": window, "exact": exact(model, task, args.lengths, args)}
+    result = {"title": title, "settings": recorded, "window": window, "exact": exact(model, task, args.lengths, args)}
     if attention.fam_length:
         short = [count for count in args.lengths if count in (8, 13, 17, 25, 33)]
         result["ablations"] = {ablation: exact(model, task, short, args, ablation) for ablation in ABLATIONS}

@@ -14,8 +14,8 @@ WRITTEN_AT = 0.03  # the loss at which the memory has learned to write
 
 def noise_of(model):
     """A function that sets the standard deviation of the noise on a model's memory; None for a model without noise."""
-    full = model.backbone.block_settings.get("fam_noise")
-    if not full:
+    full = model.backbone.blocks[0].attention.memory_update.noise
+    if not full or not model.backbone.fam_length:
         return None
     scale = keras_fam.training.NoiseScale(model)
     return lambda noise: setattr(scale, "share", min(noise / full, 1.0))
@@ -87,8 +87,8 @@ class Training:
     def make(self, writes):
         """A model of the first stage, which learns to write, or of the later stages."""
         settings = self.settings
-        if writes and "fam_feedback" in settings:
-            settings = {**settings, "fam_feedback": "normalized", "fam_noise": 0.0}
+        if writes and "memory_update" in settings:
+            settings = {**settings, "memory_update": "normalized"}
         return self.make_model(**settings)
 
     def curriculum(self, model, number, replaced, attempt=0):

@@ -91,7 +91,8 @@ def evaluate(args):
         print(f"{name:<24} all {found['all']:.3f}  beyond {window}: {found['beyond']:.3f}  {parts}", flush=True)
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {"rows": args.rows, "tokens": args.tokens, "block": args.block, "segments": args.segments,
-                    "fam": args.fam, "feedback": args.feedback, "held out": HELD_OUT, "keras": keras.__version__,
+                    "fam": args.fam, "memory_update": args.memory_update,
+                    "held out": HELD_OUT, "keras": keras.__version__,
                     "backend": keras.backend.backend()}  # fmt: skip
         record["settings"] = settings
         report.write_text(json.dumps(record, indent=1) + "\n")

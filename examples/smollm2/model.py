@@ -103,7 +103,7 @@ def with_memory(source, args, fam=None, **changes):
         "block_size": args.block,
         "memory_segments": args.segments,
         "fam_length": args.fam if fam is None else fam,
-        "fam_feedback": args.feedback,
+        "memory_update": args.memory_update,
         "initial_fam": args.initial,
         **changes,
     }

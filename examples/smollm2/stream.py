@@ -39,7 +39,7 @@ def summary(losses, memory, speed):
 
 
 def settings(args):
-    names = ("book", "window", "fam", "block", "segments", "feedback", "initial", "sink", "seed")
+    names = ("book", "window", "fam", "block", "segments", "memory_update", "initial", "sink", "seed")
     versions = {"backend": keras.backend.backend(), "keras": keras.__version__}
     return {**{name: getattr(args, name) for name in names}, "trained": args.trained is not None, **versions}
 

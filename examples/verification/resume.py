@@ -55,7 +55,16 @@ def worker(args):
     rng = np.random.default_rng(0)
     texts = [np.cumsum(rng.integers(1, 3, n)) % 50 for n in rng.integers(100, 1000, 20)]
     backbone = keras_fam.TransformerFAMBackbone(
-        50, 2, 32, 4, 64, block_size=16, memory_segments=1, fam_length=4, dropout=0.1, fam_noise=0.1
+        50,
+        2,
+        32,
+        4,
+        64,
+        block_size=16,
+        memory_segments=1,
+        fam_length=4,
+        dropout=0.1,
+        memory_update=keras_fam.Residual(noise=0.1),
     )
     stream = keras_fam.StreamingModel(keras_fam.TransformerFAMCausalLM(backbone), 4)
     stream.compile(keras.optimizers.Adam(1e-3))

@@ -204,7 +204,7 @@ def main(argv=None):
         session.save(path, model, *pair[0])
         size, foreign = path.stat().st_size, []
         others = ({"seed": args.seed + 1}, {"num_layers": 1}, {"block_size": 32}, {"fam_length": 0},
-                  {"rope_wavelength": 5e5}, {"fam_feedback": "normalized"}, {"vocabulary_size": 65})  # fmt: skip
+                  {"rope_wavelength": 5e5}, {"memory_update": "normalized"}, {"vocabulary_size": 65})  # fmt: skip
         for changes in others:
             other = build(args.width, **{"seed": args.seed, **changes})
             session.save(path, other, other.get_initial_state(args.rows))

@@ -60,7 +60,7 @@ def fam(args, ids):
         block_size=args.block_size,
         memory_segments=args.memory_segments,
         fam_length=args.fam_length,
-        fam_feedback="normalized",
+        memory_update="normalized",
     )
     stream = keras_fam.StreamingModel(keras_fam.TransformerFAMCausalLM(backbone), batch_size=1)
     held = {}
