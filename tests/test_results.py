@@ -193,6 +193,24 @@ def test_speed():
         assert float(gradients or 0) == pytest.approx(row["gradient_difference"], rel=0.06, abs=0)
 
 
+def test_exactness():
+    """Every recorded backend has its column, and nothing recorded is above what a test allows."""
+    titles = {"float32: outputs": "float32 outputs", "float64: outputs": "float64 outputs",
+              "chunks against the whole": "contract chunks", "gradients through": "contract gradients"}  # fmt: skip
+    table = list(zip(titles.values(), rows("exactness", *titles), strict=True))
+    paths = sorted((RESULTS / "json").glob("exactness_*.json"))
+    assert paths
+    for path in paths:
+        column = ["jax", "torch", "tensorflow"].index(path.stem.removeprefix("exactness_"))
+        found = {name: entry["difference"] for name, entry in json.loads(path.read_text())["largest"].items()}
+        for name, cells in table:
+            assert float(cells[column]) == pytest.approx(found[name], rel=0.06, abs=0), name
+        for name in ("future", "padding", "rows"):
+            assert found[f"contract {name}"] == 0
+        for name, difference in found.items():
+            assert difference <= (1e-10 if name.startswith("float64") else 1e-5), name
+
+
 def test_accelerators():
     names = ["JAX prefill, tokens/s (share) | 8k", "| 32k", "| 131k"]
     gpu = {(r["backend"], r["task"], r["system"], r["length"]): r for r in recorded("gpu_h200")["results"]}
