@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import pathlib
 import sys
 
 import keras
@@ -11,6 +12,8 @@ from keras import ops
 
 import keras_fam
 from keras_fam import hub
+from keras_fam.hub.families import FAMILIES
+from keras_fam.hub.unsupported import REASONS
 
 keras_hub = pytest.importorskip("keras_hub")
 hub_families = importlib.import_module("examples.verification.hub_families")
@@ -240,13 +243,23 @@ def refused(message, backbone, **options):
 
 def test_other_classes_are_refused():
     gpt = models.GPT2Backbone(vocabulary_size=31, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8)
-    refused("Supported backbones of KerasHub are LlamaBackbone", gpt)
+    refused("GPT2Backbone of KerasHub cannot be converted: it adds learned position embeddings", gpt)
     refused("Backbone or a CausalLM of KerasHub; received Dense", keras.layers.Dense(2))
 
     class Derived(models.LlamaBackbone):
         pass
 
     refused("A subclass of one of them may compute something else", Derived(**small()))
+
+
+def test_every_causal_model_is_converted_or_refused_with_a_reason():
+    guide = (pathlib.Path(__file__).parents[1] / "examples" / "guides" / "pretrained.md").read_text()
+    converted = {name for family in FAMILIES for name in family.backbones}
+    for task in {getattr(models, name) for name in dir(models) if isinstance(getattr(models, name), type)}:
+        if issubclass(task, models.CausalLM) and task.backbone_cls and not issubclass(task, models.Seq2SeqLM):
+            name = task.backbone_cls.__name__
+            assert (name in converted) != (name in REASONS), name
+            assert f"`{name}`" in guide, name
 
 
 def test_fields_without_a_place_are_refused_by_name(monkeypatch):
@@ -285,7 +298,7 @@ def test_options_are_checked():
     refused(r"The source decides \['hidden_dim', 'rope_wavelength'\]", backbone, hidden_dim=3, rope_wavelength=2.0)
     refused(r"knows no setting \['fam_lenght'\]", backbone, fam_lenght=3)
     refused("'copy' or 'share'", backbone, weights="lend")
-    refused("`fam_length` is at most `block_size`", backbone, fam_length=17)
+    refused("`fam_length` must be at most `block_size`", backbone, fam_length=17)
 
 
 def test_a_memory_is_not_dropped_by_accident():
@@ -300,7 +313,7 @@ def test_a_class_that_cannot_compute_the_model_is_refused():
         hub.to_keras_hub(lm, models.Phi3CausalLM)
     with pytest.raises(ValueError, match=r"layer_norm_epsilon|activation"):
         hub.to_keras_hub(lm, models.GemmaBackbone)
-    with pytest.raises(ValueError, match="Supported backbones of KerasHub"):
+    with pytest.raises(ValueError, match="GPT2Backbone of KerasHub cannot be converted"):
         hub.to_keras_hub(lm, models.GPT2CausalLM)
     with pytest.raises(ValueError, match="no field"):
         hub.to_keras_hub(lm, models.LlamaBackbone, sliding_window=3)

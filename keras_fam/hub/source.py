@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_fam.hub.families import FAMILIES, head_dim
 from keras_fam.hub.family import PLAIN, Only, Read, Unused
+from keras_fam.hub.unsupported import REASONS
 from keras_fam.ops.rope import inverse_wavelengths
 
 _NO_FIELDS = {"self", "args", "kwargs", "name", "dtype", "trainable"}
@@ -29,6 +30,9 @@ def family_of(backbone_class):
         for name in family.backbones:
             if getattr(models, name, None) is backbone_class:
                 return family
+    reason = REASONS.get(getattr(backbone_class, "__name__", None))
+    if reason is not None and getattr(models, backbone_class.__name__, None) is backbone_class:
+        raise ValueError(f"{backbone_class.__name__} of KerasHub cannot be converted: {reason}.")
     known = ", ".join(name for family in FAMILIES for name in family.backbones)
     raise ValueError(
         f"Supported backbones of KerasHub are {known}, and their CausalLMs; received {backbone_class!r}. A subclass of "
