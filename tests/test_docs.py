@@ -2,15 +2,19 @@
 
 import contextlib
 import io
+import json
 import pathlib
 import re
 
 import pytest
 
+from examples.notebooks.run import run as run_notebook
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "keras_fam" / "README.md", *(ROOT / "examples").rglob("*.md")])
 PAGES = [page for page in PAGES if page.exists()]
 RUN = [page for page in PAGES if page == ROOT / "README.md" or page.parent.name == "guides"]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 # A fenced block of Python, perhaps after `<!-- not run: reason -->`, and what it prints, if shown.
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```python\n(?P<code>.*?)^```\n"
@@ -57,6 +61,28 @@ def test_python_blocks_run_and_print_what_they_show(page, tmp_path, monkeypatch)
     if page.name == "README.md":  # its claim: with memory the loss falls, without it stays at the variance
         with_memory, without = (eval(line[1:])[-1] for line in next(iter(printed.values())).splitlines())
         assert with_memory < 0.5 and without > 0.9
+
+
+def test_quickstart_notebook_runs():
+    pytest.importorskip("matplotlib")
+    path = ROOT / "examples" / "notebooks" / "quickstart.ipynb"
+    notebook = run_notebook(path, {"STEPS": 1, "LENGTHS": (2,)})
+    for made, kept in zip(notebook["cells"], json.loads(path.read_text())["cells"], strict=True):
+        kinds = [[output["output_type"] for output in cell.get("outputs", ())] for cell in (made, kept)]
+        assert kinds[0] == kinds[1], "".join(kept["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebooks_are_stored_with_outputs(path):
+    """Every cell has been run, in order, and what it printed is kept; what is not run here at least compiles."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        source = "".join(cell["source"])
+        compile(source, name(path), "exec")
+        printed = [output for output in cell["outputs"] if output["output_type"] == "stream"]
+        drawn = [output for output in cell["outputs"] if "image/png" in output.get("data", ())]
+        assert bool(printed) == ("print(" in source) and bool(drawn) == ("plt.show()" in source), source
 
 
 def test_readme_is_one_page():
