@@ -116,7 +116,8 @@ class StatefulTrainer(keras.Model):
 
     def reset_state(self):
         """Resets all rows."""
-        self.assign_state(self.wrapped.get_initial_state(self.rows))
+        # Copies: fields may share a buffer, which a compiled step of JAX donates once.
+        self.assign_state(keras.tree.map_structure(ops.copy, self.wrapped.get_initial_state(self.rows)))
 
 
 class ResetEveryEpoch(keras.callbacks.Callback):
