@@ -209,7 +209,7 @@ def main(argv=None):
     plot(result, f"PassKey, key at a random position in {PROSE[args.prose]}", args.out / "passkey_length.png")
     for title, by_factor in exact.get(read, {}).items():
         cells = (f"{f}: {100 * np.mean(list(by_factor[f].values())):.1f}" for f in sorted(by_factor, key=int))
-        print(f"{title:<36}" + "  ".join(cells))
+        print(f"{title:<38}" + "  ".join(cells))
 
 
 if __name__ == "__main__":
