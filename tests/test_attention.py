@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_fam.ops import attention
+from keras_fam.ops import attention, masks
 from keras_fam.ops.backend import compiled, value_and_gradient
 
 BACKEND = keras.backend.backend()
@@ -19,6 +19,27 @@ def test_what_a_kernel_takes_on_a_gpu(monkeypatch, dtype):
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
     expected = {"torch": True, "jax": dtype in ("float16", "bfloat16"), "tensorflow": False}
     assert attention.fused_attention_exists(dtype) == expected[BACKEND]
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("segments", [0, 1, 3])
+def test_one_rule_of_visibility(segments, window):
+    """Every pair of positions, one after the other: the same block or one of the m before, no later token, the window;
+    for arrays and for tensors."""
+    size, count = 3, 15
+    expected = np.zeros((count, count), bool)
+    for query in range(count):
+        for key in range(query + 1):
+            near = window is None or query - key < window
+            expected[query, key] = query // size - key // size <= segments and near
+    position = np.arange(count, dtype="int32")
+    rule = {"block_size": size, "memory_segments": segments, "attention_window": window}
+    np.testing.assert_array_equal(masks.visible(position[:, None], position, **rule), expected)
+    tensor = ops.convert_to_tensor(position)
+    seen = masks.visible(ops.expand_dims(tensor - 6, 1), tensor - 6, **rule)  # counted from another block
+    np.testing.assert_array_equal(ops.convert_to_numpy(seen), expected)
+    exists = masks.exists(tensor - 6, ops.convert_to_tensor(1, "int32"), size)
+    np.testing.assert_array_equal(ops.convert_to_numpy(exists), position >= 3)
 
 
 def result(monkeypatch, kv_heads, softcap, *, step_bytes, fused):

@@ -1,4 +1,4 @@
-"""Making a memory useless: what a score loses by it is what the memory was good for."""
+"""Ablation of the memory: what a score loses by it is what the memory was good for."""
 
 import numpy as np
 from keras import ops
@@ -8,7 +8,7 @@ MEMORY_FIELDS = ("fam", "fam_key", "fam_value")
 
 
 def ablate_memory(model, state, how: str, seed=0):
-    """A state whose memory is useless: what is left of a score is not owed to the memory.
+    """A state with its memory ablated: what is left of a score does not depend on the memory.
 
     Args:
         model: the model or layer that the state belongs to.
@@ -43,23 +43,21 @@ def derangement(count, rng):
 
 
 def ways(model):
-    """The knock-outs that mean something for a model: none without memory, and `"frozen"` only where there is an F_0.
+    """The ablations that mean something for a model: none without memory, and `"frozen"` only where there is an F_0.
 
-    With `initial_fam="summary"` the first memory rides up with the first block; the state before it holds zeros, and
-    freezing at those would be `"zeroed"` under another name.
+    With `initial_fam="summary"` the first memory passes up the layers with block 1; the state before it holds zeros,
+    and freezing at those would be `"zeroed"` under another name.
     """
-    part = streaming_part(model)
-    if not part.fam_length:
+    if not model.fam_length:
         return ()
-    layer = getattr(part, "blocks", [part])[0]
-    summary = getattr(layer, "attention", layer).initial_fam == "summary"
+    summary = layers_of(model)[0].initial_fam == "summary"
     return tuple(how for how in ABLATIONS if not (summary and how == "frozen"))
 
 
 def check_how(model, how):
     if how not in ABLATIONS:
-        raise ValueError(f"A memory is knocked out in one of the ways {ABLATIONS}; received {how!r}.")
-    if how == "frozen" and streaming_part(model).fam_length and how not in ways(model):
+        raise ValueError(f"A memory is ablated in one of the ways {ABLATIONS}; received {how!r}.")
+    if how == "frozen" and model.fam_length and how not in ways(model):
         raise ValueError(
             "A memory is frozen at F_0, and with initial_fam='summary' there is none before a text: it would be the "
             f"same as 'zeroed'. Choose one of {ways(model)}; received {how!r}."
@@ -69,7 +67,7 @@ def check_how(model, how):
 def ablate_state(state, how, first, order=None):
     """`ablate_memory` for tensors; `order` is int32 `[B]`, read for `"shuffled"`."""
 
-    def spoil(memory, start):
+    def ablated(memory, start):
         if isinstance(memory, tuple):  # no memory in this configuration
             return memory
         if how == "shuffled":
@@ -77,12 +75,13 @@ def ablate_state(state, how, first, order=None):
         return ops.zeros_like(memory) if how == "zeroed" else start
 
     layers = [
-        layer._replace(**{name: spoil(getattr(layer, name), getattr(start, name)) for name in MEMORY_FIELDS})
+        layer._replace(**{name: ablated(getattr(layer, name), getattr(start, name)) for name in MEMORY_FIELDS})
         for layer, start in zip(state.layers, first.layers, strict=True)
     ]
     return state._replace(layers=tuple(layers))
 
 
-def streaming_part(model):
-    """The model's layer, or backbone, that knows block size and memory."""
-    return getattr(getattr(model, "backbone", model), "attention", getattr(model, "backbone", model))
+def layers_of(model):
+    """The `FeedbackAttention` of every layer of a model, or of a layer."""
+    blocks = getattr(getattr(model, "backbone", model), "blocks", [model])
+    return [block.attention_layer() for block in blocks]

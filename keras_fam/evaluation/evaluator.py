@@ -7,7 +7,7 @@ gradients stop at the memory segments, and over several seeds.
 
 import numpy as np
 
-from keras_fam.evaluation.ablation import ABLATIONS, streaming_part, ways
+from keras_fam.evaluation.ablation import ABLATIONS, layers_of, ways
 from keras_fam.evaluation.scorer import StreamScorer, pieces
 
 
@@ -106,12 +106,10 @@ def _bytes(texts, bytes_per_token, edges):
 
 
 def _missing(named, ablations):
-    """What a sceptic would ask for and this comparison does not show."""
+    """Baselines, ablations and seeds that the comparison lacks."""
 
     def window(model):
-        layer = streaming_part(model)
-        layer = getattr(layer, "blocks", [layer])[0]
-        layer = getattr(layer, "attention", layer)
+        layer = layers_of(model)[0]
         return (layer.block_size, layer.memory_segments), layer.fam_length, layer.stop_memory_gradient
 
     seen = {name: window(seeds[0]) for name, seeds in named.items()}

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.evaluation.ablation import streaming_part
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.scan import scan
 from keras_fam.ops.token_ids import check_ids_of
@@ -17,12 +16,11 @@ class _Reader:
 
     def __init__(self, model, blocks_per_step):
         self.model = getattr(model, "backbone", model)  # logits are not wanted
-        layer = streaming_part(model)
-        if not layer.fam_length:
+        if not model.fam_length:
             raise ValueError(
                 f"There is a memory to look at; {model.name} has fam_length=0 (TransformerBSWA). Give it memory rows."
             )
-        self.block_size, self.blocks_per_step = layer.block_size, blocks_per_step
+        self.block_size, self.blocks_per_step = model.block_size, blocks_per_step
         self._program = compiled(self._read, lambda: self.model.variables, record="gpu")
 
     def _read(self, tokens, state):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.evaluation.ablation import ablate_state, check_how, derangement, streaming_part
+from keras_fam.evaluation.ablation import ablate_state, check_how, derangement
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.scan import scan
 from keras_fam.ops.token_ids import check_ids_of
@@ -38,7 +38,7 @@ class StreamScorer:
         self.model, self.ablation, self.seed = model, ablation, seed
         if not model.built:
             model.build()
-        self.block_size = streaming_part(model).block_size
+        self.block_size = model.block_size
         self.step_size = blocks_per_step * self.block_size
         if boundaries is None:
             boundaries = [0, *(self.block_size << i for i in range(24))]

@@ -7,7 +7,6 @@ its own attention. Plots need matplotlib, `pip install 'keras-fam[plot]'`.
 import numpy as np
 from keras import ops
 
-from keras_fam.evaluation.ablation import streaming_part
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.ops.attention import record_attention
 
@@ -52,11 +51,10 @@ def attention_maps(model, tokens):
         ValueError: for tokens that are not whole blocks.
     """
     tokens, reader = np.asarray(tokens), getattr(model, "backbone", model)
-    layer = streaming_part(model)
-    size, num_layers = layer.block_size, len(getattr(reader, "blocks", [reader]))
+    size, num_layers = model.block_size, len(getattr(reader, "blocks", [reader]))
     if not tokens.shape[1] or tokens.shape[1] % size:
         raise ValueError(f"Attention is mapped for whole blocks of {size} tokens; received {tokens.shape[1]} tokens.")
-    state, per_layer = reader.get_initial_state(len(tokens)), 2 if layer.fam_length else 1
+    state, per_layer = reader.get_initial_state(len(tokens)), 2 if model.fam_length else 1
     found = []
     for first in range(0, tokens.shape[1], size):
         with record_attention() as records:
@@ -66,7 +64,7 @@ def attention_maps(model, tokens):
     maps = []
     for i in range(num_layers):
         parts = [np.stack(p) for p in zip(*(block[i] for block in found), strict=True)]
-        maps.append({"tokens": parts[-1], "memory": parts[0] if layer.fam_length else None})
+        maps.append({"tokens": parts[-1], "memory": parts[0] if model.fam_length else None})
     return maps
 
 

@@ -120,13 +120,7 @@ def _attend_whole_blocks(attention, query, keys, values, memory, position, chunk
     else:
         query = block_layout.place_queries(query, position.offset, S, num_blocks)
     places = np.arange(-segments * S, S, dtype="int32")  # of the keys, counted from the start of their queries' block
-    mask = masks.visible(
-        np.arange(S)[:, None],
-        places,
-        block_size=S,
-        memory_segments=segments,
-        attention_window=attention.attention_window,
-    )
+    mask = attention.visible(np.arange(S)[:, None], places)
     existing = {}  # per block, bool [1 or B, 1 or n, …] of keys that may not exist
     if segments:
         key = ops.expand_dims(chunk.block_offsets, 1) * S + ops.convert_to_tensor(places)  # [n, (m+1)·S]
@@ -170,7 +164,7 @@ def _attend_positions(attention, query, keys, values, memory, position, chunk):
     S, m, num_blocks = attention.block_size, attention.memory_segments, chunk.num_blocks
     token = ops.expand_dims(chunk.position, -1)  # [B, T, 1]
     places = ops.convert_to_tensor(np.arange(-m * S, num_blocks * S, dtype="int32"))
-    mask = masks.visible(token, places, block_size=S, memory_segments=m, attention_window=attention.attention_window)
+    mask = attention.visible(token, places)
     mask = ops.logical_and(mask, masks.exists(places, position.block_index[:, None, None], S))
     block = ops.convert_to_tensor(np.arange(-m, num_blocks, dtype="int32"))
     own = ops.equal(ops.floor_divide(token, S), block)  # [B, T, m+n]

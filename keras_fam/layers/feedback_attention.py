@@ -12,6 +12,7 @@ from keras_fam.layers.fast_call import call_dense, run
 from keras_fam.layers.normalization import NORMS
 from keras_fam.layers.recurrent_layer import RecurrentLayer
 from keras_fam.layers.validation import check_attention_settings
+from keras_fam.ops import masks
 from keras_fam.ops.attention import attend
 from keras_fam.ops.rope import BlockPositions, rotate
 from keras_fam.state import LayerState, Spec
@@ -269,6 +270,16 @@ class FeedbackAttention(RecurrentLayer):
         table = self.positions.memory_key
         query, (key, value) = self.project_query(normed), self.project_key_value(normed)
         return attend(rotate(query, table), rotate(key, table), value, None, self.attention_softcap)
+
+    def visible(self, query, key):
+        """Whether tokens at int positions `query` see those at `key`; see `keras_fam.ops.masks.visible`."""
+        return masks.visible(
+            query,
+            key,
+            block_size=self.block_size,
+            memory_segments=self.memory_segments,
+            attention_window=self.attention_window,
+        )
 
     # Around the attention ---------------------------------------------------------------------------------------
 

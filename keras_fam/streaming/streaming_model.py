@@ -116,7 +116,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
         if not model.built:
             model.build()
         self.model, self.batch_size = model, batch_size
-        self.block_size = getattr(model, "backbone", getattr(model, "attention", model)).block_size
+        self.block_size = model.block_size
         self.step_size = blocks_per_step * self.block_size
         self._lock = threading.RLock()
         self._reset_all()
