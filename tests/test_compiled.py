@@ -20,9 +20,8 @@ TORCH = pytest.mark.skipif(
 
 def model(num_layers=2, **settings):
     keras.utils.set_random_seed(0)
-    backbone = keras_fam.TransformerFAMBackbone(
-        11, num_layers, 8, 2, 16, block_size=4, memory_segments=1, fam_length=2, memory_update="normalized", **settings
-    )
+    settings = {"block_size": 4, "memory_segments": 1, "fam_length": 2, "memory_update": "normalized", **settings}
+    backbone = keras_fam.TransformerFAMBackbone(11, num_layers, 8, 2, 16, **settings)
     return keras_fam.TransformerFAMCausalLM(backbone)
 
 
@@ -69,7 +68,7 @@ def test_layers_as_a_loop_change_nothing():
     settings = {
         "initial_fam": "summary",
         "dropout": 0.2,
-        "memory_update": keras_fam.Residual(noise=0.1),
+        "memory_update": keras_fam.Normalized(noise=0.1),
         "blocks_per_step": 1,
         "remat": True,
     }

@@ -20,7 +20,7 @@ SETTINGS = {"block_size": 4, "memory_segments": 1, "fam_length": 2}
 def functional(mode=None):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((None, 8))
-    block = keras_fam.TransformerFAMBlock(2, 4, 12, use_query_key_norm=True, **SETTINGS)
+    block = keras_fam.TransformerFAMBlock(2, 4, 12, query_key_norm="rms_norm", **SETTINGS)
     model = keras.Model(inputs, keras.layers.Dense(3)(block(inputs)))
     if mode is not None:
         model.quantize(mode)

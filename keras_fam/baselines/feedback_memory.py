@@ -66,8 +66,9 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
 
     def initial_layer_state(self, batch_size, fam, learned=None):
         state = super().initial_layer_state(batch_size, fam)
-        own = ops.zeros((batch_size, self.block_size, *state.key.shape[2:]), state.key.dtype)
-        return FeedbackMemoryState(*state, output_key=own, output_value=own)
+        shape = (batch_size, self.block_size, *state.key.shape[2:])
+        own = [ops.zeros(shape, state.key.dtype) for _ in range(2)]
+        return FeedbackMemoryState(*state, output_key=own[0], output_value=own[1])
 
     def forward_chunk(self, x, state, position, chunk, *, seed=None, initial_rows=None):
         if chunk.positional and not chunk.one_block:  # a block needs the outputs of the one before

@@ -45,7 +45,7 @@ class SummaryFAMBlock(TransformerFAMBlock):
         state = super().initial_layer_state(batch_size, fam)
         if not self.fam_length:
             return SummaryLayerState(*state)
-        static = state.fam if learned is None else ops.cast(learned, state.fam.dtype)
+        static = ops.copy(state.fam) if learned is None else ops.cast(learned, state.fam.dtype)
         return SummaryLayerState(*state, static_fam=ops.broadcast_to(static, ops.shape(state.fam)))
 
     def writing_rows(self, state, position, chunk, initial_rows):

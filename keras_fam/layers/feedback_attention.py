@@ -218,13 +218,13 @@ class FeedbackAttention(RecurrentLayer):
             pre_norm: None, or what is applied to memory rows before they are projected.
         """
         spec = self.layer_state_spec(batch_size)
-        empty = ops.zeros(spec.key.shape, spec.key.dtype)
-        state = LayerState(empty, empty)
+        # Each a tensor of its own: exporters and donated buffers take one tensor for one input.
+        state = LayerState(*(ops.zeros(spec.key.shape, spec.key.dtype) for _ in range(2)))
         if not self.fam_length:
             return state
         if fam is None:
             fam = ops.zeros((1, self.fam_length, self.hidden_dim), self.memory_dtype)
-            key = value = ops.zeros((1, *spec.fam_key.shape[1:]), spec.fam_key.dtype)
+            key, value = (ops.zeros((1, *spec.fam_key.shape[1:]), spec.fam_key.dtype) for _ in range(2))
         else:
             fam = ops.cast(fam, self.memory_dtype)
             key, value = self.memory_key_value(fam if pre_norm is None else pre_norm(fam))
