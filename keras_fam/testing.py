@@ -24,8 +24,8 @@ def check_streaming(
        gradients with respect to the inputs, through the carried state (layers only; token ids have none).
     2. `future`, `rows`, `padding`: no output depends on a later token, on another row or on padding (NaN in layers,
        other ids in models): exactly 0.
-    3. `lengths`, `reset`: rows of different lengths and rows that start anew equal rows read alone.
-    4. `state_size`: the state keeps its shapes and dtypes for ever.
+    3. `lengths`, `reset`: rows of different lengths, and rows that are reset, equal rows read alone.
+    4. `state_size`: the state has a constant size: shapes and dtypes never change.
 
     Args:
         layer: a built layer or model with `__call__(x, padding_mask=, initial_state=, return_state=)`,

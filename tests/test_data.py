@@ -20,7 +20,7 @@ def documents(count=7, seed=0):
 
 
 def read(rows, batches):
-    """What each row reads until it starts anew, as a list of `(tokens, targets, weights)` of real tokens, per row."""
+    """What each row reads until its next reset, as a list of `(tokens, targets, weights)` of real tokens, per row."""
     pieces = [[] for _ in range(rows.batch_size)]
     for i in range(batches):
         inputs, targets, weights = rows.batch_at(i)

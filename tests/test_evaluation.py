@@ -58,7 +58,7 @@ def test_scores_are_those_of_the_whole(lm, whole):
 
 
 @pytest.mark.parametrize("how", ABLATIONS)
-def test_knock_outs_happen_after_every_block(lm, how):
+def test_ablations_happen_after_every_block(lm, how):
     """One compiled program against reading block by block and spoiling by hand."""
     scorer = StreamScorer(lm, how, boundaries=EDGES, blocks_per_step=2, seed=5)
     state, logits, rng = lm.get_initial_state(3), [], np.random.default_rng(5)
@@ -71,7 +71,7 @@ def test_knock_outs_happen_after_every_block(lm, how):
     close(scorer.score(TOKENS), expected_sums(np.concatenate(logits, axis=1)[:, :30]), 1e-5)
 
 
-def test_knock_out(lm):
+def test_ablate_memory(lm):
     advance = compiled(lambda x, state: lm.advance(x, state, aligned=True), lambda: lm.variables)
     _, state = advance(TOKENS[:, :S], lm.get_initial_state(3))
     fresh = lm.get_initial_state(3)

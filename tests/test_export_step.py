@@ -163,7 +163,7 @@ def test_arguments(lm, tmp_path):
         with pytest.raises(ValueError, match=match):
             export_step(*arguments, batch_size=1)
     for settings in ({"tokens": 0}, {"tokens": True}, {"tokens": 1.0}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="whole number of at least 1"):
+        with pytest.raises(ValueError, match="must be a positive integer"):
             export_step(lm, path, format, **settings)
     if "litert" in FORMATS:
         with pytest.raises(ValueError, match="fixed batch"):

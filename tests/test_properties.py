@@ -27,7 +27,7 @@ VARIANT_SETTINGS = st.fixed_dictionaries(
 @settings(max_examples=EXAMPLES, derandomize=True, deadline=None)
 @given(VARIANT_SETTINGS, st.data())
 def test_chunks_lengths_and_resets(changes, data):
-    """Chunks of random lengths per row, with rows that start anew, against the oracle's rows going on."""
+    """Chunks of random lengths per row, with resets, against the oracle's rows."""
     block, weights, cfg, fam0 = make(**changes)
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     inputs = oracle_inputs(cfg, fam0)

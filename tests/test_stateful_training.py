@@ -17,7 +17,7 @@ CHUNKS = [slice(first, first + 2 * S) for first in range(0, 6 * S, 2 * S)]
 
 
 class Chunks(keras.utils.PyDataset):
-    """Chunks with targets; row 1 starts anew at chunk `reset`."""
+    """Chunks with targets; row 1 is reset at chunk `reset`."""
 
     def __init__(self, reset=None):
         super().__init__()

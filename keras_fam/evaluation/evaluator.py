@@ -1,7 +1,7 @@
 """`evaluate`: scores by distance beside baselines, knock-outs and several seeds.
 
 A memory layer can learn without its memory being used: the loss falls and nobody notices. So a score is reported
-beside the same model with its memory made useless, beside TransformerBSWA of the same window, beside the model whose
+beside the same model with its memory ablated, beside TransformerBSWA of the same window, beside the model whose
 gradients stop at the memory segments, and over several seeds.
 """
 
@@ -19,7 +19,7 @@ def evaluate(models, texts, *, ablations=ABLATIONS, boundaries=None, bytes_per_t
             Beside a model with memory belong TransformerBSWA of the same window and the same model with
             `stop_memory_gradient=True`; what is left out is listed under `"missing"`.
         texts: int `[B, T]`; a list of chunks; or a function without arguments that returns an iterable of chunks, since
-            every model reads them anew. See `StreamScorer.score`.
+            every model reads them from the start. See `StreamScorer.score`.
         ablations: the ways in which the memory of models that have one is ablated, see `ablate_memory`. A way that a
             model does not have (`"frozen"` with `initial_fam="summary"`) is listed under `"missing"`.
         boundaries: see `StreamScorer`.

@@ -12,7 +12,7 @@ from keras_fam.ops.torch_graph import assume_false, is_tracing
 # On JAX, so few steps are written out where each reads so many bytes: XLA copies what goes into a loop, which made a
 # train step's temporary memory 6 % larger (blocks of 1,024 tokens of width 512, 4 layers).
 UNROLL_STEPS, LARGE_STEP = 4, 1 << 20
-# Outside of `jit`, JAX would compile a loop anew at every call: up to this length it is run step by step instead.
+# Outside of `jit`, JAX would compile a loop again at every call: up to this length it is run step by step instead.
 MAX_EAGER_STEPS = 64
 
 _local = threading.local()

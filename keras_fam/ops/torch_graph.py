@@ -47,7 +47,7 @@ def _predicates():
 class TracedFunction:
     """A function of structures of tensors that runs from a graph, one per shapes and dtypes, after a few calls.
 
-    What can't be recorded (values that are read, random numbers drawn) goes on as it is.
+    What cannot be traced (values that are read, random numbers drawn) runs eagerly.
 
     Args:
         function: function of structures of tensors with a structure of tensors as result, without effects.

@@ -10,7 +10,7 @@ from keras_fam.state import map_specs
 
 
 class StreamCopies:
-    """`copy.copy`, `copy.deepcopy` and `pickle` of streams: the copy goes on from where the streams stand."""
+    """`copy.copy`, `copy.deepcopy` and `pickle` of streams: the copy continues from the position of the streams."""
 
     def __copy__(self):
         """Streams of their own over the same model."""

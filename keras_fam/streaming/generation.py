@@ -25,11 +25,11 @@ class StreamGeneration:
 
     def generate(self, prompt=None, *, max_new_tokens, sampler="greedy", stop_token_ids=None, lengths=None, seed=None):
         """Continues every row's text. The rows read the prompt and what they chose, a stop token included, and the
-        next call goes on from there.
+        next call continues from there.
 
         ```python
         stream.generate([[5, 3, 8], [2]], max_new_tokens=20)                       # lists of ids
-        stream.generate(max_new_tokens=20, sampler="top_k", seed=1)                # goes on
+        stream.generate(max_new_tokens=20, sampler="top_k", seed=1)                # continues
         stream.generate(max_new_tokens=20, sampler=keras_fam.samplers.TopPSampler(p=0.9, temperature=0.7))
         ```
 
@@ -44,8 +44,8 @@ class StreamGeneration:
             max_new_tokens: how many tokens a row gets at most, a positive integer.
             sampler: a name (`"greedy"`, `"random"`, `"top_k"`, `"top_p"`), a config, or an object from
                 `keras_fam.samplers`. With KerasHub installed, also `"beam"` and `"contrastive"`, and objects from
-                `keras_hub.samplers`. A random sampler goes on drawing from call to call. The contrastive one compares
-                with the tokens of the same call: a stream keeps no hidden states.
+                `keras_hub.samplers`. A random sampler keeps its random state from call to call. The
+                contrastive one compares with the tokens of the same call: a stream keeps no hidden states.
             stop_token_ids: None, ints at which a row ends, or `"auto"`: the tokenizer's end tokens.
             lengths: None, or int `[B]`: how many of the P tokens exist in each row.
             seed: None, or an integer from 0 to 2³² − 1 from which this call draws: the same seed, the same tokens.
@@ -91,7 +91,7 @@ class StreamGeneration:
         ```
 
         The prompt is read at once. A token that was handed out has been read by the stream, so the loop may end early
-        and the stream goes on from there. The same seed gives the tokens of `generate`.
+        and the stream continues from there. The same seed gives the tokens of `generate`.
 
         Args: those of `generate`, with a sampler that chooses tokens one by one: all but beam and contrastive search.
 

@@ -39,7 +39,7 @@ def find_hub_sampler(sampler):
     if _hub_class(found) == "SpeculativeSampler":
         raise ValueError("The speculative sampler needs a second model; received it for one. Choose another sampler.")
     if getattr(found, "return_all_beams", False):
-        raise ValueError("A stream goes on with one beam; received `return_all_beams=True`. Leave it at False.")
+        raise ValueError("A stream continues with one beam; received `return_all_beams=True`. Leave it at False.")
     return found
 
 

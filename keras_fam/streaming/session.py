@@ -1,7 +1,7 @@
 """Sessions on disk: the streams of a model in one safetensors file.
 
-The header holds the model's signature and a fingerprint of its weights, so a session goes on only under the model that
-wrote it, on any backend. A digest covers every byte of the file, the header too. A file is replaced in one step: a
+The header holds the model's signature and a fingerprint of its weights, so a session continues only under the model
+that wrote it, on any backend. A digest covers every byte of the file, the header too. A file is replaced in one step: a
 reader, or a process that is killed, finds the old session or the new one, whole. Nothing is pickled.
 """
 
@@ -96,9 +96,9 @@ def load(path, model, *, check_weights=True):
         fingerprint = weights_fingerprint(model)
         if found["weights"] != fingerprint:
             raise ValueError(
-                f"A session goes on under the weights that wrote it; the fingerprint of the weights in {path} is "
-                f"{found['weights']:.16}…, that of {model.name} is {fingerprint:.16}…. Load those weights first, or "
-                "pass `check_weights=False` to go on under other weights."
+                f"A session continues only under the weights that wrote it; the fingerprint of the weights in {path} "
+                f"is {found['weights']:.16}…, that of {model.name} is {fingerprint:.16}…. Load those weights first, or "
+                "pass `check_weights=False` to continue under other weights."
             )
     extras = {name.removeprefix(_EXTRAS): arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRAS)}
     _check_arrays(arrays, found, path, model.name)
@@ -237,8 +237,8 @@ def _check_signature(saved, own, path, owner):
 
     def differ(field, theirs, mine):
         raise ValueError(
-            f"A session goes on under a model like the one that wrote it: `{field}` of {owner} is {mine!r}, that of "
-            f"the session in {path} is {theirs!r:.200}. Load it with the model that wrote it, or one of the same "
+            f"A session continues only under a model like the one that wrote it: `{field}` of {owner} is {mine!r}, that "
+            f"of the session in {path} is {theirs!r:.200}. Load it with the model that wrote it, or one of the same "
             "settings."
         )
 

@@ -67,7 +67,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
     backbone = keras_fam.TransformerFAMBackbone(100, 1, 32, 4, 64, block_size=8, fam_length=4)
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     stream = keras_fam.StreamingModel(lm, batch_size=2)
-    logits = stream.predict(np.ones((2, 50), "int32"))     # [2, 50, 100]; the next call goes on from there
+    logits = stream.predict(np.ones((2, 50), "int32"))     # [2, 50, 100]; the next call continues from there
     tokens = stream.generate(max_new_tokens=20)             # two lists of 20 ids
     stream.position                                         # [70, 70]
     ```

@@ -51,7 +51,7 @@ def export_step(model, path, format: str, *, tokens: int = 1, batch_size: int | 
     backbone, `hidden` `[B, T, D]`) and `next_state_…`, in the order of the inputs. A torch file takes and gives them
     as keywords and a dict: `torch.export.load(path).module()(token_ids=…, **state)`. The number of tokens T is fixed:
     write a file for each T that is wanted, mostly 1 and `block_size`; all of them share one state, and any order of
-    calls reads the same stream. A row that starts anew gets the initial state.
+    calls reads the same stream. A row that is reset gets the initial state.
 
     Beside `path`, with the same name: `.state.npz`, the initial state of one row under the names of the inputs (repeat
     it for B rows); `.json`, names, shapes (null for any size) and dtypes of inputs and outputs, and under `"state"`
@@ -105,7 +105,7 @@ def _check(model, path, format, tokens, batch_size, overwrite):
         if value is None and name == "batch_size":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` is a whole number of at least 1; received {value!r}.")
+            raise ValueError(f"`{name}` must be a positive integer; received {value!r}.")
     suffix, backends = FORMATS[format]
     backend = keras.backend.backend()
     if backend not in backends:
