@@ -40,8 +40,8 @@ class Sampler:
     Args:
         temperature: divides the logits; above 1 the tokens become more equally likely, below 1 less. Positive.
         seed: None, or an integer from 0 to 2³² − 1. A sampler keeps its random state from call to call; two samplers
-            with the same seed draw the same tokens in the same calls. Numbers differ between backends. None takes a seed
-            from Python's `random` (see `keras.utils.set_random_seed`).
+            with the same seed draw the same tokens in the same calls. Numbers differ between backends. None takes a
+            seed from Python's `random` (see `keras.utils.set_random_seed`).
     """
 
     def __init__(self, *, temperature: float = 1.0, seed: int | None = None):

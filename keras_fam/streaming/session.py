@@ -238,8 +238,8 @@ def _check_signature(saved, own, path, owner):
     def differ(field, theirs, mine):
         raise ValueError(
             f"A session continues only under a model like the one that wrote it: `{field}` of {owner} is {mine!r}, "
-            f"that of the session in {path} is {theirs!r:.200}. Load it with the model that wrote it, or one of the same "
-            "settings."
+            f"that of the session in {path} is {theirs!r:.200}. Load it with the model that wrote it, or one of the "
+            "same settings."
         )
 
     for field in ("class", "block_size", "memory_segments", "fam_length", "vocabulary_size"):
