@@ -50,7 +50,7 @@ smollm2-lora: $(VENV)/.smollm2
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 train --run-name fam $(ARGS)
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples.smollm2 evaluate
 
-# Runs the notebook on a pre-trained model and stores its outputs; about a quarter of an hour.
+# Runs the notebook on a pre-trained model and stores its outputs; some minutes.
 notebook-pretrained: $(VENV)/.smollm2
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples.notebooks.run examples/notebooks/pretrained.ipynb $(ARGS)
 
