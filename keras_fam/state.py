@@ -43,6 +43,8 @@ class LayerState(NamedTuple):
         fam: float32 `[B, F, D]`, the memory F_τ of the last completed block (or F_0).
         fam_key: `[B, P·F, K, H]`, keys of the visible memories, newest first, rotated for the block being filled.
         fam_value: `[B, P·F, K, H]`, their values.
+        sink_key: `[B, W, K, H]`, keys of the first W tokens of the stream (attention sinks), rotated as in `key`.
+        sink_value: `[B, W, K, H]`, their values.
     """
 
     key: Any
@@ -50,6 +52,8 @@ class LayerState(NamedTuple):
     fam: Any = ()
     fam_key: Any = ()
     fam_value: Any = ()
+    sink_key: Any = ()
+    sink_value: Any = ()
 
 
 class StreamState(NamedTuple):

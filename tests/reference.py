@@ -24,6 +24,7 @@ DEFAULTS = {
     "memory_segments": 3,  # m
     "fam_length": 64,  # F; 0: BSWA
     "attention_window": None,  # None: breathing BSWA; w: a token sees at most the last w tokens, itself included
+    "attention_sinks": 0,  # W: the first tokens, read as if at the W positions before the window once they left it
     "num_visible_memories": 1,  # P (Table 6)
     "fam_query": "feedback",  # "static": SUM FAM (App. C.3)
     "fam_position": "last",  # "last" | "float" (App. B.2)
@@ -219,12 +220,13 @@ class Row:
     count: int = 0  # real tokens so far; the next one stands at position `count`, in block `count // S`
     keys: list = field(default_factory=list)  # of every token so far, rotated, each [K, H]
     values: list = field(default_factory=list)  # each [K, H]
+    inputs: list = field(default_factory=list)  # of every token so far, [D]
     memories: list = field(default_factory=list)  # (block that it compressed, memory [F, D]); F_0 has block -1
     static: np.ndarray | None = None  # [F, D], the rows that ask when fam_query="static"
     fresh: bool = True  # no memory has been written yet: the first update has no residual (App. B.1)
 
     def copy(self):
-        return Row(self.count, self.keys[:], self.values[:], self.memories[:], self.static, self.fresh)
+        return Row(self.count, self.keys[:], self.values[:], self.inputs[:], self.memories[:], self.static, self.fresh)
 
 
 def fam_positions(block, cfg, position_offset=0.0):
@@ -243,6 +245,17 @@ def project_memories(memories, weights, cfg, position_offset):
     return k_f, v_f
 
 
+def sinks(row, block, weights, cfg, position_offset):
+    """Keys and values (lists of W, each [K, H]) of the first W tokens of the stream, for a query in `block`: keys as
+    of tokens that stand at the W positions just before the m previous blocks."""
+    count = cfg["attention_sinks"]
+    if not count:
+        return [], []
+    start = (block - cfg["memory_segments"]) * cfg["block_size"] - count + position_offset
+    k, v = project_key_value(np.stack(row.inputs[:count]), start + np.arange(count), weights, cfg)
+    return list(k), list(v)
+
+
 def token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen):
     """O_t [1, D] of token i_t [1, D]; its own key is the last of `row` (Alg. 1 and 2, BSWA and FAM)."""
     t = row.count
@@ -251,6 +264,9 @@ def token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen):
     if cfg["attention_window"] is not None:
         first = max(first, t - cfg["attention_window"] + 1)
     keys, values = list(k_f), list(v_f)
+    if block > cfg["memory_segments"]:
+        more = sinks(row, block, weights, cfg, position_offset)
+        keys, values = keys + more[0], values + more[1]
     for s in range(first, t + 1):
         in_segment = s // cfg["block_size"] < block
         source = frozen if in_segment and frozen is not None else row
@@ -275,6 +291,9 @@ def write_memory(row, rider, weights, cfg, position_offset):
     query_block = previous_block if cfg["fam_query_position"] == "previous" else block
     q_f = project_query(asking, fam_positions(query_block, cfg, position_offset), weights, cfg)
     k_f, v_f = project_memories(memories, weights, cfg, position_offset)
+    if block > 0:
+        more = sinks(row, block, weights, cfg, position_offset)
+        k_f, v_f = k_f + more[0], v_f + more[1]
     keys = np.stack(k_f + row.keys[block * s : (block + 1) * s])
     values = np.stack(v_f + row.values[block * s : (block + 1) * s])
     no_residual = row.fresh and row.memories  # riders keep theirs: they are the stream of the layer below
@@ -320,6 +339,7 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
             k, v = project_key_value(i_t, [row.count + position_offset], weights, cfg)
             row.keys.append(k[0])
             row.values.append(v[0])
+            row.inputs.append(i_t[0])
             outputs.append(token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen)[0])
             row.count += 1
         if with_fam and row.count == block_end:  # a partial last block writes no memory

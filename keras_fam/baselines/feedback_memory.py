@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_fam.layers.chunk_attention import attend_tokens, project_tokens
+from keras_fam.layers.chunk_attention import attend_tokens, project_tokens, rows_to_read
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.ops import block_layout, ragged
@@ -31,7 +31,7 @@ class FeedbackMemoryState(NamedTuple):
 
     Attributes:
         key, value: as in `LayerState`, but the first m·S slots hold keys and values of outputs.
-        fam, fam_key, fam_value: as in `LayerState`.
+        fam, fam_key, fam_value, sink_key, sink_value: as in `LayerState`; there are no sinks here.
         output_key: `[B, S, K, H]`, keys of the outputs in the unfinished block.
         output_value: `[B, S, K, H]`, their values.
     """
@@ -41,6 +41,8 @@ class FeedbackMemoryState(NamedTuple):
     fam: Any = ()
     fam_key: Any = ()
     fam_value: Any = ()
+    sink_key: Any = ()
+    sink_value: Any = ()
     output_key: Any = ()
     output_value: Any = ()
 
@@ -58,6 +60,8 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
             raise ValueError(
                 "The memory segments of FM hold outputs, so `memory_segments` must be at least 1; received 0."
             )
+        if self.attention.attention_sinks:
+            raise ValueError("FM has no attention sinks; leave `attention_sinks` out.")
 
     def layer_state_spec(self, batch_size=None):
         state = super().layer_state_spec(batch_size)
@@ -81,7 +85,8 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
                 state, position, *tokens[1:], chunk, seed=seed, initial_rows=initial_rows
             )
         if chunk.one_block:
-            attended = attend_tokens(self.attention, *tokens, memory, position, chunk)
+            rows = rows_to_read(self.attention, state, memory, position, chunk)
+            attended = attend_tokens(self.attention, *tokens, rows, position, chunk)
             y = self.token_output(attended, x, seed)
             outputs = self._lay_out_outputs(y, state, position, chunk) if chunk.keep_state else None
         else:
@@ -131,7 +136,8 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
             read = None
             if memory is not None:
                 read = tuple(ops.expand_dims(given[name], 1) for name in ("memory_key", "memory_value"))
-            attended = attend_tokens(self.attention, given["query"], *window, read, here, one)
+            rows = rows_to_read(self.attention, state, read, here, one)
+            attended = attend_tokens(self.attention, given["query"], *window, rows, here, one)
             y = self.token_output(attended, given["x"], given.get("seed"))
             place = ops.expand_dims(given["index"] * S + ops.arange(S, dtype="int32"), 0)
             real = ops.broadcast_to(ops.logical_and(place >= begin, place < end), ops.shape(y)[:2])

@@ -78,14 +78,14 @@ class RMTBackbone(TransformerFAMBackbone):
 
     Raises:
         ValueError: for settings that RMT does not have: `initial_fam` other than `"prompt"`, several visible memories,
-            `fam_position="float"`, or `scan_layers=True`.
+            `fam_position="float"`, attention sinks, or `scan_layers=True`.
     """
 
     block_class = RMTBlock
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        needed = {"initial_fam": "prompt", "fam_position": "last", "num_visible_memories": 1}
+        needed = {"initial_fam": "prompt", "fam_position": "last", "num_visible_memories": 1, "attention_sinks": 0}
         for name, value in needed.items():
             found = getattr(self.blocks[0].attention, name)
             if self.fam_length and found != value:

@@ -18,7 +18,7 @@ class SummaryLayerState(NamedTuple):
     """`LayerState`, and the rows that write every block.
 
     Attributes:
-        key, value, fam, fam_key, fam_value: as in `LayerState`.
+        key, value, fam, fam_key, fam_value, sink_key, sink_value: as in `LayerState`.
         static_fam: float32 `[B, F, D]`, F_0 of the row's stream.
     """
 
@@ -27,6 +27,8 @@ class SummaryLayerState(NamedTuple):
     fam: Any = ()
     fam_key: Any = ()
     fam_value: Any = ()
+    sink_key: Any = ()
+    sink_value: Any = ()
     static_fam: Any = ()
 
 

@@ -24,12 +24,16 @@ SIZES = ("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "num_
 OF_BACKBONE = ("vocabulary_size", "num_layers", "hidden_dim", "tie_weights", "logit_softcap", "embedding_scale")
 
 
+SINKS = 4  # as in StreamingLLM, arXiv 2309.17453; more help little
+
+
 def convert(
     source,
     *,
     block_size: int,
     memory_segments: int,
     fam_length: int,
+    attention_sinks: int | None = None,
     weights: str = "copy",
     seed=None,
     dtype=None,
@@ -69,8 +73,9 @@ def convert(
     Sliding windows of the source are kept, layer by layer, inside the window of the blocks: a token attends to the
     keys that both windows contain. The window of the blocks has m·S+1 to (m+1)·S keys, depending on the token's place
     in its block. A source window of at least (m+1)·S keys is no restriction and is dropped; a smaller one becomes the
-    layer's `attention_window`. Up to m·S+1 keys, attention equals the source's at any length. Memory rows are read
-    whatever the window.
+    layer's `attention_window`. Up to m·S+1 keys, attention equals the source's at any length (with
+    `attention_sinks=0`). Memory rows are read whatever the window, sinks once the first block has left the window of
+    the blocks.
 
     Args:
         source: a backbone or a CausalLM of KerasHub: Llama, Llama 3 (SmolLM is a Llama), Mistral, Qwen (2, 2.5),
@@ -78,6 +83,10 @@ def convert(
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
+        attention_sinks: W, the first tokens of each stream whose keys and values are kept for good. None means 4 (or
+            `block_size`, if that is smaller): pre-trained models attend to the first tokens whatever they are, and lose
+            their way once those have left the window. 0 turns them off, so that a window of the source is its own at
+            any length.
         weights: `"copy"`, or `"share"`: both models hold the same variables. Sharing needs equal layouts (Llama,
             Mistral, Qwen, Phi 3; Gemma's differ and can only be copied). Training either model then trains both, a
             variable frozen in one is frozen in both, and LoRA updates belong to the model that has them. While this
@@ -111,6 +120,7 @@ def convert(
     if is_task and {id(v) for v in source.weights} != {id(v) for v in theirs.weights}:
         raise ValueError(f"{type(source).__name__} has weights outside its backbone, which cannot be converted.")
     window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
+    window["attention_sinks"] = min(SINKS, block_size) if attention_sinks is None else attention_sinks
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
     windows = sorted({layer["attention_window"] for layer in layers} - {None})
     if "attention_window" in options and windows:

@@ -1,13 +1,16 @@
 """One attention layer over one chunk of a stream, for any number of blocks (Alg. 1 and 2).
 
 1. `project_tokens`: all tokens at once, rotated by their place in their block; keys and values laid out in blocks.
-2. `scan_memory` (`memory_scan.py`): over the blocks that the chunk completes, memory rows only.
+2. `keep_sinks`, where the stream begins; `scan_memory` (`memory_scan.py`): over the blocks that the chunk completes,
+   memory rows only.
 3. `attend_tokens`: all tokens at once over memory, memory segments and own block.
 4. `keep_keys`: the last keys and values, for the next call.
 
 Axes: B rows, T tokens, S block, n blocks in the chunk, m segments, F memory rows, P visible memories, N query heads,
 K key/value heads, H head width, D model width.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -17,6 +20,7 @@ from keras_fam.ops import block_layout, masks
 from keras_fam.ops.attention import attend_blocks, attend_slots
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import branch
+from keras_fam.state import where_rows
 
 
 def forward_chunk(layer, x, state, position, chunk, *, seed=None, initial_rows=None):
@@ -35,16 +39,18 @@ def forward_chunk(layer, x, state, position, chunk, *, seed=None, initial_rows=N
         `(y, state, initial_rows)`: `[B, T, D]`; the new `LayerState`, None unless `chunk.keep_state`; the rows for the
         layer above.
     """
+    attention, memory = layer.attention_layer(), None
     x = chunk.zero_padding(x)
     query, keys, values = project_tokens(layer, x, state, position, chunk)
-    memory = None
+    state = keep_sinks(attention, state, keys, values, position)
     if layer.fam_length:
         memory, state, initial_rows = layer.scan_memory(
             state, position, keys, values, chunk, seed=seed, initial_rows=initial_rows
         )
-    attended = attend_tokens(layer.attention_layer(), query, keys, values, memory, position, chunk)
+    rows = rows_to_read(attention, state, memory, position, chunk)
+    attended = attend_tokens(attention, query, keys, values, rows, position, chunk)
     y = layer.token_output(attended, x, seed)
-    state = keep_keys(layer.attention_layer(), state, keys, values, chunk) if chunk.keep_state else None
+    state = keep_keys(attention, state, keys, values, chunk) if chunk.keep_state else None
     return y, state, initial_rows
 
 
@@ -77,13 +83,70 @@ def project_tokens(layer, x, state, position, chunk):
     return query, keys, values
 
 
-def attend_tokens(attention, query, keys, values, memory, position, chunk):
+class Rows(NamedTuple):
+    """What the tokens of a block read beside tokens: attention sinks and memory rows, R of them.
+
+    Attributes:
+        key: `[B, n, R, K, H]`, rotated for readers in the block.
+        value: `[B, n, R, K, H]`.
+        seen: None where all of them exist, or bool `[1 or B, n, R]`.
+    """
+
+    key: Any
+    value: Any
+    seen: Any
+
+
+def keep_sinks(attention, state, keys, values, position):
+    """The `LayerState` with the keys and values of the stream's first W tokens, where the chunk brings them."""
+    W, m = attention.attention_sinks, attention.memory_segments
+    if not W:
+        return state
+    first = position.block_index == 0  # then the chunk's first block is the stream's
+    sinks = where_rows(first, (keys[:, m, :W], values[:, m, :W]), (state.sink_key, state.sink_value))
+    return state._replace(sink_key=sinks[0], sink_value=sinks[1])
+
+
+def rows_to_read(attention, state, memory, position, chunk):
+    """The `Rows` that the tokens of each block read, or None.
+
+    Args:
+        attention: a `FeedbackAttention`.
+        state: `LayerState`, its sinks those of the chunk.
+        memory: None, or the keys and values `[B, n, P·F, K, H]` of the memories that the tokens of each block see.
+        position: `StreamPosition` before the chunk.
+        chunk: `Chunk`.
+    """
+    parts, n = [], chunk.num_blocks
+    if attention.attention_sinks:
+        sinks = attention.sinks(state)
+        if attention.stop_memory_gradient:
+            sinks = tuple(map(ops.stop_gradient, sinks))
+        key, value = (ops.repeat(ops.expand_dims(part, 1), n, axis=1) for part in sinks)
+        block = ops.expand_dims(position.block_index, 1) + chunk.block_offsets
+        seen = masks.sink_visible(ops.expand_dims(block, -1), attention.memory_segments)
+        parts.append((key, value, ops.repeat(seen, attention.attention_sinks, axis=2)))
+    if memory is not None:
+        age, seen = memory_ages(attention), None
+        if attention.num_visible_memories > 1 or attention.initial_fam == "summary":
+            count = ops.expand_dims(position.visible_memories, 1) + chunk.block_offsets
+            seen = masks.memory_visible(ops.expand_dims(count, -1), ops.convert_to_tensor(age))
+        elif parts:
+            seen = ops.ones((1, 1, len(age)), "bool")
+        parts.append((*memory, seen))
+    if len(parts) < 2:
+        return Rows(*parts[0]) if parts else None
+    key, value = (ops.concatenate(pair, axis=2) for pair in zip(parts[0][:2], parts[1][:2], strict=True))
+    return Rows(key, value, _side_by_side([part[2] for part in parts]))
+
+
+def attend_tokens(attention, query, keys, values, rows, position, chunk):
     """What the tokens of a chunk read.
 
     Args:
         attention: a `FeedbackAttention`.
         query, keys, values: of `project_tokens`.
-        memory: None, or the keys and values `[B, n, P·F, K, H]` of the memories that the tokens of each block see.
+        rows: None, or `Rows`.
         position: `StreamPosition` before the chunk.
         chunk: `Chunk`.
 
@@ -91,7 +154,7 @@ def attend_tokens(attention, query, keys, values, memory, position, chunk):
         `[B, T, N, H]`.
     """
     attend = _attend_positions if chunk.positional else _attend_whole_blocks
-    return attend(attention, query, keys, values, memory, position, chunk)
+    return attend(attention, query, keys, values, rows, position, chunk)
 
 
 def keep_keys(attention, state, keys, values, chunk):
@@ -111,7 +174,7 @@ def keep_keys(attention, state, keys, values, chunk):
     return state._replace(key=key, value=value)
 
 
-def _attend_whole_blocks(attention, query, keys, values, memory, position, chunk):
+def _attend_whole_blocks(attention, query, keys, values, rows, position, chunk):
     """Whole blocks: one mask for all of them, narrowed to the keys that exist."""
     S, num_blocks = attention.block_size, chunk.num_blocks
     segments = chunk.visible_segments(attention.memory_segments)
@@ -121,28 +184,27 @@ def _attend_whole_blocks(attention, query, keys, values, memory, position, chunk
         query = block_layout.place_queries(query, position.offset, S, num_blocks)
     places = np.arange(-segments * S, S, dtype="int32")  # of the keys, counted from the start of their queries' block
     mask = attention.visible(np.arange(S)[:, None], places)
-    existing = {}  # per block, bool [1 or B, 1 or n, …] of keys that may not exist
+    tokens = None
     if segments:
         key = ops.expand_dims(chunk.block_offsets, 1) * S + ops.convert_to_tensor(places)  # [n, (m+1)·S]
-        existing["tokens"] = masks.exists(key, position.block_index[:, None, None], S)
-    if memory is not None:
-        age = memory_ages(attention)
-        mask = np.concatenate([np.ones((S, len(age)), bool), mask], axis=1)
-        if attention.num_visible_memories > 1 or attention.initial_fam == "summary":
-            count = ops.expand_dims(position.visible_memories, 1) + chunk.block_offsets
-            existing["memory"] = masks.memory_visible(ops.expand_dims(count, -1), ops.convert_to_tensor(age))
-        if existing:
-            always = {"memory": ops.ones((1, 1, len(age)), "bool"), "tokens": ops.ones((1, 1, len(places)), "bool")}
-            existing = {**always, **existing}
+        tokens = masks.exists(key, position.block_index[:, None, None], S)
+    seen = tokens
+    if rows is not None:
+        count = rows.key.shape[2]
+        mask = np.concatenate([np.ones((S, count), bool), mask], axis=1)
+        if rows.seen is not None or tokens is not None:
+            always = [ops.ones((1, 1, size), "bool") for size in (count, len(places))]
+            parts = [own if part is None else part for own, part in zip(always, (rows.seen, tokens), strict=True)]
+            seen = _side_by_side(parts)
     attended = attend_blocks(
         query,
         keys[:, attention.memory_segments - segments :],
         values[:, attention.memory_segments - segments :],
-        *(memory or (None, None)),
+        *((None, None) if rows is None else rows[:2]),
         mask,
         segments=segments,
         back=attention.positions.back,
-        visible=_side_by_side([*existing.values()]),
+        visible=seen,
         softcap=attention.attention_softcap,
         stop_gradient=attention.stop_memory_gradient,
     )
@@ -152,14 +214,12 @@ def _attend_whole_blocks(attention, query, keys, values, memory, position, chunk
 
 
 def _side_by_side(parts):
-    """bool `[1 or B, 1 or n, W]` parts next to one another; None for none."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
+    """Two bool `[1 or B, 1 or n, …]` next to one another."""
     whole = ops.logical_or(*(part[..., :1] for part in parts))
     return ops.concatenate([ops.logical_and(part, ops.ones_like(whole)) for part in parts], axis=-1)
 
 
-def _attend_positions(attention, query, keys, values, memory, position, chunk):
+def _attend_positions(attention, query, keys, values, rows, position, chunk):
     """A few tokens at any position: visibility from the position of each token."""
     S, m, num_blocks = attention.block_size, attention.memory_segments, chunk.num_blocks
     token = ops.expand_dims(chunk.position, -1)  # [B, T, 1]
@@ -168,18 +228,16 @@ def _attend_positions(attention, query, keys, values, memory, position, chunk):
     mask = ops.logical_and(mask, masks.exists(places, position.block_index[:, None, None], S))
     block = ops.convert_to_tensor(np.arange(-m, num_blocks, dtype="int32"))
     own = ops.equal(ops.floor_divide(token, S), block)  # [B, T, m+n]
-    if memory is not None:
-        age = memory_ages(attention)
-        count = ops.expand_dims(position.visible_memories, 1) + chunk.block_offsets  # [B, n]
-        rows = masks.memory_visible(ops.expand_dims(count, -1), ops.convert_to_tensor(age))  # [B, n, P·F]
-        rows = ops.logical_and(ops.expand_dims(own[:, :, m:], -1), ops.expand_dims(rows, 1))
-        rows = ops.reshape(rows, (*ops.shape(mask)[:2], num_blocks * len(age)))
-        mask = ops.concatenate([rows, mask], axis=-1)
+    if rows is not None:  # those of each token's own block
+        count = rows.key.shape[2]
+        seen = ops.ones((1, 1, 1, count), "bool") if rows.seen is None else ops.expand_dims(rows.seen, 1)
+        seen = ops.logical_and(ops.expand_dims(own[:, :, m:], -1), seen)  # [B, T, n, R]
+        mask = ops.concatenate([ops.reshape(seen, (*ops.shape(mask)[:2], num_blocks * count)), mask], axis=-1)
     return attend_slots(
         query,
         keys,
         values,
-        *(memory or (None, None)),
+        *((None, None) if rows is None else rows[:2]),
         mask,
         segments=m,
         own=own,

@@ -44,6 +44,10 @@ class FeedbackAttention(RecurrentLayer):
         attention_window: None (a token sees between m·S+1 and (m+1)·S keys), or how many keys it sees at most, itself
             included: m·S is Transformer-XL's mask, any w ≤ m·S+1 is plain sliding window attention, and with a larger w
             a token early in its block sees no more than the blocks hold.
+        attention_sinks: W, the first tokens of each stream whose keys and values are kept for good (StreamingLLM, arXiv
+            2309.17453): once their block has left the m·S tokens before a token's own block, it reads them as if they
+            stood at the W positions before those; memory rows read them from the second block on. At most
+            `block_size`; 0 by default. A pre-trained model needs them in order to stream.
         num_visible_memories: P, how many of the last memories tokens and memory rows may read (Table 6).
         initial_fam: `"prompt"` or `"prefix"`: the first memory F_0 is given (App. B.1; one learned set of rows where
             the layer stands alone); `"summary"`: the rows pass up the layers with block 1, whose tokens read no memory.
@@ -74,7 +78,7 @@ class FeedbackAttention(RecurrentLayer):
 
     SETTINGS = (
         "num_query_heads", "head_dim", "num_key_value_heads", "block_size", "memory_segments", "fam_length",
-        "attention_window", "num_visible_memories", "initial_fam", "memory_update", "fam_position",
+        "attention_window", "attention_sinks", "num_visible_memories", "initial_fam", "memory_update", "fam_position",
         "fam_query_position", "stop_memory_gradient", "rope_wavelength", "rope_scaling", "attention_scale",
         "attention_softcap", "use_attention_bias", "use_output_bias", "query_key_norm", "query_key_norm_epsilon",
     )  # fmt: skip
@@ -92,6 +96,7 @@ class FeedbackAttention(RecurrentLayer):
         memory_segments: int = 3,
         fam_length: int = 64,
         attention_window: int | None = None,
+        attention_sinks: int = 0,
         num_visible_memories: int = 1,
         initial_fam: str = "prompt",
         memory_update="residual",
@@ -204,10 +209,14 @@ class FeedbackAttention(RecurrentLayer):
         B, F, P = batch_size, self.fam_length, self.num_visible_memories
         heads = (self.num_key_value_heads, self.head_dim)
         slots = Spec((B, (self.memory_segments + 1) * self.block_size, *heads), self.compute_dtype)
+        state = LayerState(slots, slots)
+        if self.attention_sinks:
+            sinks = Spec((B, self.attention_sinks, *heads), self.compute_dtype)
+            state = state._replace(sink_key=sinks, sink_value=sinks)
         if not F:
-            return LayerState(slots, slots)
-        projected = Spec((B, P * F, *heads), self.compute_dtype)
-        return LayerState(slots, slots, Spec((B, F, self.hidden_dim), self.memory_dtype), projected, projected)
+            return state
+        fam, projected = Spec((B, F, self.hidden_dim), self.memory_dtype), Spec((B, P * F, *heads), self.compute_dtype)
+        return state._replace(fam=fam, fam_key=projected, fam_value=projected)
 
     def initial_layer_state(self, batch_size, fam, pre_norm=None):
         """A `LayerState` with empty keys and the memory `fam`.
@@ -220,6 +229,9 @@ class FeedbackAttention(RecurrentLayer):
         spec = self.layer_state_spec(batch_size)
         # Each a tensor of its own: exporters and donated buffers take one tensor for one input.
         state = LayerState(*(ops.zeros(spec.key.shape, spec.key.dtype) for _ in range(2)))
+        if self.attention_sinks:
+            sinks = [ops.zeros(spec.sink_key.shape, spec.sink_key.dtype) for _ in range(2)]
+            state = state._replace(sink_key=sinks[0], sink_value=sinks[1])
         if not self.fam_length:
             return state
         if fam is None:
@@ -270,6 +282,11 @@ class FeedbackAttention(RecurrentLayer):
         table = self.positions.memory_key
         query, (key, value) = self.project_query(normed), self.project_key_value(normed)
         return attend(rotate(query, table), rotate(key, table), value, None, self.attention_softcap)
+
+    def sinks(self, state):
+        """Keys, rotated for readers in any block, and values `[B, W, K, H]` of the stream's first tokens."""
+        table = self.positions.sinks(self.memory_segments, self.attention_sinks)
+        return rotate(state.sink_key, table), state.sink_value
 
     def visible(self, query, key):
         """Whether tokens at int positions `query` see those at `key`; see `keras_fam.ops.masks.visible`."""

@@ -61,10 +61,11 @@ def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, initi
     if isinstance(chunk.num_updates, int) and chunk.num_updates == 0:
         return tuple(ops.expand_dims(part, 1) for part in first[1:]), state, initial_rows
     scan_inputs = _scan_inputs(layer, state, position, keys, values, chunk, seed, initial_rows)
+    sinks = [layer.attention_layer().sinks(state)] if layer.attention_layer().attention_sinks else []
     if isinstance(chunk.num_updates, int) and chunk.num_updates == 1 and not chunk.uniform:
-        reads, after, fams = _update_once(layer, position, first, scan_inputs, chunk)
+        reads, after, fams = _update_once(layer, position, first, scan_inputs, chunk, sinks)
     else:
-        reads, after, fams = _update_in_turn(layer, position, first, scan_inputs, chunk)
+        reads, after, fams = _update_in_turn(layer, position, first, scan_inputs, chunk, sinks)
     if layer.initial_fam == "summary":
         initial_rows = fams
         after = where_rows(chunk.completed > 0, after, (state.fam, state.fam_key, state.fam_value))
@@ -96,10 +97,15 @@ def _scan_inputs(layer, state, position, keys, values, chunk, seed, initial_rows
     inputs = {name: ops.moveaxis(part, 1, 0) for name, part in inputs.items()}
     if not chunk.uniform:
         inputs["active"] = ops.expand_dims(index, 1) < chunk.completed
-    if P > 1:
-        readable = ops.maximum(ops.expand_dims(position.visible_memories, 0) + ops.expand_dims(index, 1), 1)
+    if P > 1 or attention.attention_sinks:
         age = ops.convert_to_tensor(memory_ages(attention))
-        inputs["visible"] = masks.memory_visible(ops.expand_dims(readable, -1), age)
+        readable = ops.maximum(ops.expand_dims(position.visible_memories, 0) + ops.expand_dims(index, 1), 1)
+        visible = masks.memory_visible(ops.expand_dims(readable, -1), age)
+        if attention.attention_sinks:  # a row sees its own block alone, so the first tokens leave with the first block
+            block = ops.expand_dims(position.block_index, 0) + ops.expand_dims(index, 1)
+            sinks = ops.repeat(masks.sink_visible(ops.expand_dims(block, -1), 0), attention.attention_sinks, axis=2)
+            visible = ops.concatenate([sinks, visible], axis=2)
+        inputs["visible"] = visible
     if seed is not None:
         inputs["seed"] = fold_in(seed, 4 * index + 2)
     return inputs
@@ -117,12 +123,12 @@ def _start(layer, position, first, inputs):
     return Memory(fam, residual, query, key, value), MemoryProjection(layer.attention_layer(), with_query=True)
 
 
-def _step(layer, memory, x, project):
-    """F_τ from F_{τ−1} and one block: attend to the memories and the whole block, write, update, project."""
+def _step(layer, memory, x, project, sinks):
+    """F_τ from F_{τ−1} and one block: attend to sinks, memories and the whole block, write, update, project."""
     attention, seed = layer.attention_layer(), x.get("seed")
     query, residual = x.get("query", memory.query), x.get("residual", memory.residual)
-    key = ops.concatenate([memory.key, x["key"]], axis=1)
-    value = ops.concatenate([memory.value, x["value"]], axis=1)
+    key = ops.concatenate([*(part[0] for part in sinks), memory.key, x["key"]], axis=1)
+    value = ops.concatenate([*(part[1] for part in sinks), memory.value, x["value"]], axis=1)
     mask = None
     if "visible" in x:
         visible = x["visible"]
@@ -140,13 +146,13 @@ def _step(layer, memory, x, project):
     return where_rows(x["active"], new, memory) if "active" in x else new
 
 
-def _update_once(layer, position, first, inputs, chunk):
+def _update_once(layer, position, first, inputs, chunk, sinks):
     """At most one block is completed, as in decoding: mostly none is, and then nothing of this is computed."""
     x = {name: part[0] for name, part in inputs.items()}
 
     def update():
         memory, project = _start(layer, position, first, inputs)
-        new = _step(layer, memory, x, project)
+        new = _step(layer, memory, x, project, sinks)
         return new.fam, new.key, new.value
 
     fam, key, value = branch(ops.any(chunk.completed > 0), update, lambda: first)
@@ -157,13 +163,13 @@ def _update_once(layer, position, first, inputs, chunk):
     return reads, (fam, key, value), fam
 
 
-def _update_in_turn(layer, position, first, inputs, chunk):
+def _update_in_turn(layer, position, first, inputs, chunk, sinks):
     """One update after the other; the tokens of each block read what was there before it."""
     memory, project = _start(layer, position, first, inputs)
     summary = layer.initial_fam == "summary"
 
     def step(memory, x):
-        new = _step(layer, memory, x, project)
+        new = _step(layer, memory, x, project, sinks)
         return new, (memory.key, memory.value) + ((new.fam,) if summary else ())
 
     like = (memory.key, memory.value) + ((memory.fam,) if summary else ())

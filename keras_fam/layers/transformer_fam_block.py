@@ -39,7 +39,7 @@ class TransformerFAMBlock(RecurrentLayer):
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
-        attention_window, num_visible_memories, initial_fam, memory_update, fam_position, fam_query_position,
+        attention_window, attention_sinks, num_visible_memories, initial_fam, fam_position, fam_query_position,
             stop_memory_gradient, rope_wavelength, rope_scaling, attention_scale, attention_softcap,
             use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
             The epsilon defaults to `norm_epsilon`.
@@ -79,6 +79,7 @@ class TransformerFAMBlock(RecurrentLayer):
         memory_segments: int = 3,
         fam_length: int = 64,
         attention_window: int | None = None,
+        attention_sinks: int = 0,
         num_visible_memories: int = 1,
         initial_fam: str = "prompt",
         memory_update="residual",

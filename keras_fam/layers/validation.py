@@ -28,7 +28,7 @@ def check_attention_settings(attention):
     """Raises ValueError if the settings of a `FeedbackAttention` contradict each other."""
     for name in ("num_query_heads", "num_key_value_heads", "head_dim", "block_size", "num_visible_memories"):
         require_positive_integer(name, getattr(attention, name))
-    for name in ("memory_segments", "fam_length"):
+    for name in ("memory_segments", "fam_length", "attention_sinks"):
         require_positive_integer(name, getattr(attention, name), zero=True)
     if attention.num_query_heads % attention.num_key_value_heads:
         raise ValueError(
@@ -44,6 +44,11 @@ def check_attention_settings(attention):
             "`fam_length` must be at most `block_size`: the memory compresses a block, and its rows stand at positions "
             f"of that block; received {attention.fam_length} rows for blocks of {attention.block_size}. Shorten the "
             "memory or lengthen the block."
+        )
+    if attention.attention_sinks > attention.block_size:
+        raise ValueError(
+            "`attention_sinks` must be at most `block_size`, so that the first block holds them; received "
+            f"{attention.attention_sinks} sinks and blocks of {attention.block_size}."
         )
     if attention.attention_window is not None:
         require_positive_integer("attention_window", attention.attention_window)

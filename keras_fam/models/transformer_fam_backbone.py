@@ -64,7 +64,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
             plain Transformer lacks.
         memory_update: `"residual"` (the paper's), `"normalized"`, `"binary"`, or a `keras_fam.MemoryUpdate`, of which
             each layer gets a copy.
-        attention_window, num_visible_memories, fam_position, fam_query_position, stop_memory_gradient,
+        attention_window, attention_sinks, num_visible_memories, fam_position, fam_query_position, stop_memory_gradient,
             rope_wavelength, rope_scaling, attention_scale, attention_softcap, use_attention_bias, use_output_bias,
             query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
         activation, gated, norm, norm_epsilon, use_post_norm, use_feedforward_bias, dropout: see `TransformerFAMBlock`.
@@ -114,6 +114,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         initial_fam: str = "prompt",
         memory_update="residual",
         attention_window: int | None = None,
+        attention_sinks: int = 0,
         num_visible_memories: int = 1,
         fam_position: str = "last",
         fam_query_position: str = "previous",

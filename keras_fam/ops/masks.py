@@ -38,6 +38,16 @@ def exists(key, block_index, block_size):
     return key >= -block_size * block_index
 
 
+def sink_visible(block, blocks_back):
+    """Whether the first tokens of the stream, which stand in block 0, have left the window and are read as sinks.
+
+    Args:
+        block: int32, the block of the query.
+        blocks_back: previous blocks that the query sees: m for tokens, 0 for memory rows.
+    """
+    return block > blocks_back
+
+
 def memory_visible(count, age):
     """Whether a memory may be read.
 

@@ -131,6 +131,12 @@ class BlockPositions:
             return None
         return self._table(-np.asarray(blocks, "float64") * self.block_size)
 
+    def sinks(self, memory_segments, attention_sinks):
+        """Rotation of the keys of the stream's first W tokens, as stored, to the W positions before the window."""
+        if self.inverse is None:
+            return None
+        return self._table(-float(memory_segments * self.block_size + attention_sinks))
+
     def memory_heads(self, num_queries, num_keys, query_scale):
         """Tables `[F, queries + keys, H]` for `rotate_whole`: queries, scaled, followed by keys. The second table is
         None where nothing is rotated."""
