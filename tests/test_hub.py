@@ -82,7 +82,7 @@ def test_back_again(family, seed):
 def test_a_sliding_window_inside_the_blocks_is_exact_over_many_blocks(family):
     field = {"Mistral": "sliding_window", "Qwen 3": "sliding_window_size"}[family]
     model, _ = hub_families.source(family, 0, hidden_dim=16, **{field: 7})
-    backbone = hub.convert(model.backbone, block_size=3, memory_segments=2, fam_length=0)
+    backbone = hub.convert(model.backbone, block_size=3, memory_segments=2, fam_length=0, attention_sinks=0)
     assert backbone.layer_settings is None and backbone.blocks[1].attention.attention_window == 7
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     equal(hub_families.logits(lm, hub_families.tokens()), hub_families.logits(model, hub_families.tokens()))
@@ -91,13 +91,13 @@ def test_a_sliding_window_inside_the_blocks_is_exact_over_many_blocks(family):
 @pytest.mark.parametrize("segments, window", [(0, 7), (1, 20)])
 def test_a_sliding_window_wider_than_what_every_token_has(segments, window):
     model, _ = hub_families.source("Mistral", 0, hidden_dim=16, sliding_window=window)
-    lm = hub.convert(model, block_size=16, memory_segments=segments, fam_length=0)
+    lm = hub.convert(model, block_size=16, memory_segments=segments, fam_length=0, attention_sinks=0)
     assert lm.backbone.blocks[0].attention.attention_window == window
     equal(hub_families.logits(lm, hub_families.tokens()), hub_families.logits(model, hub_families.tokens()))
 
 
 def test_a_source_without_a_window_may_get_one():
-    settings = {"block_size": 4, "memory_segments": 2, "fam_length": 0, "attention_window": 7}
+    settings = {"block_size": 4, "memory_segments": 2, "fam_length": 0, "attention_window": 7, "attention_sinks": 0}
     model, _ = hub_families.source("Llama", 0, hidden_dim=16)
     lm = hub.convert(model, **settings)
     assert {block.attention.attention_window for block in lm.backbone.blocks} == {7}
@@ -110,6 +110,23 @@ def test_a_source_without_a_window_may_get_one():
     for window in (5, None):
         with pytest.raises(ValueError, match=rf"its sliding window, of \[7\] keys.*Received: {window}"):
             hub.convert(mistral, **{**settings, "attention_window": window})
+
+
+def test_a_converted_model_keeps_its_first_tokens():
+    """Four of them, read once block 0 has left the window; none where the window still holds them."""
+    model, _ = hub_families.source("Llama", 0, hidden_dim=16)
+    ids = hub_families.tokens()
+    kept, without = (
+        hub.convert(model, block_size=4, memory_segments=1, fam_length=0, **s) for s in ({}, {"attention_sinks": 0})
+    )
+    assert kept.backbone.blocks[0].attention.attention_sinks == 4
+    assert (
+        hub.convert(model, block_size=3, memory_segments=1, fam_length=0).backbone.blocks[0].attention.attention_sinks
+        == 3
+    )
+    found, plain = hub_families.logits(kept, ids), hub_families.logits(without, ids)
+    equal(found[:, :8], plain[:, :8])
+    assert np.abs(found - plain)[:, 8:].max() > 1e-3
 
 
 def test_local_and_global_layers_keep_their_own_window_and_rotation():

@@ -24,6 +24,9 @@ def parser():
     shared.add_argument("--block", type=int, default=128, help="S, tokens in a block")
     shared.add_argument("--segments", type=int, default=1, help="m, past blocks that are visible")
     shared.add_argument("--fam", type=int, default=4, help="F, rows of memory; 0 is BSWA")
+    shared.add_argument(
+        "--attention-sinks", type=int, default=0, help="first tokens kept for good; 0 as in the recorded results"
+    )
     shared.add_argument("--memory-update", choices=["residual", "normalized"], default="residual")
     shared.add_argument("--initial", choices=["prompt", "summary"], default="summary", help="first memory (App. B.1)")
     shared.add_argument(

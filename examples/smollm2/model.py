@@ -105,6 +105,7 @@ def with_memory(source, args, fam=None, **changes):
         "fam_length": args.fam if fam is None else fam,
         "memory_update": args.memory_update,
         "initial_fam": args.initial,
+        "attention_sinks": args.attention_sinks,
         **changes,
     }
     lm = keras_fam.hub.convert(source, weights="share", seed=args.seed, **settings)

@@ -7,6 +7,7 @@ its own attention. Plots need matplotlib, `pip install 'keras-fam[plot]'`.
 import numpy as np
 from keras import ops
 
+from keras_fam.evaluation.ablation import layers_of
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.ops.attention import record_attention
 
@@ -45,7 +46,8 @@ def attention_maps(model, tokens):
     Returns:
         One dict per layer: `"tokens"`, NumPy `[n, B, S, N, W]`, what each token gives to the W = P·F + (m+1)·S keys
         that it may see (memory rows, previous blocks oldest first, own block); `"memory"`, `[n, B, F, N, P·F + S]`,
-        what each memory row gives to the memory and to the block that it compresses; None without memory.
+        what each memory row gives to the memory and to the block that it compresses; None without memory. What goes to
+        attention sinks is left out.
 
     Raises:
         ValueError: for tokens that are not whole blocks.
@@ -64,7 +66,8 @@ def attention_maps(model, tokens):
     maps = []
     for i in range(num_layers):
         parts = [np.stack(p) for p in zip(*(block[i] for block in found), strict=True)]
-        maps.append({"tokens": parts[-1], "memory": parts[0] if model.fam_length else None})
+        sinks = layers_of(model)[i].attention_sinks  # their columns come first
+        maps.append({"tokens": parts[-1][..., sinks:], "memory": parts[0][..., sinks:] if model.fam_length else None})
     return maps
 
 
