@@ -23,6 +23,8 @@ def small(variant):
     sizes = {name: min(settings.get(name, 1), size) for name, size in most.items()}
     if variant in ("mha", "mqa"):
         sizes["num_query_heads"] = 2
+    if "attention_sinks" in settings:
+        sizes["attention_sinks"] = min(settings["attention_sinks"], 2)
     if "attention_window" in settings:
         sizes["attention_window"] = min(settings["attention_window"], 2 * sizes["memory_segments"] + 1)
     return sizes, 5
