@@ -29,6 +29,7 @@ def run(path, parameters=None):
     os.environ["MPLBACKEND"] = "agg"
     from matplotlib import pyplot
 
+    pyplot.close("all")  # figures that are open already are not the notebook's
     notebook = json.loads(pathlib.Path(path).read_text())
     names = {"__name__": "__main__"}
     for number, cell in enumerate((c for c in notebook["cells"] if c["cell_type"] == "code"), 1):
