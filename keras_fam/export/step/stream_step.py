@@ -1,6 +1,6 @@
 """One step of a stream as an ONNX, LiteRT or torch file: explicit state in, explicit state out.
 
-State that lives in variables is never written: such files load, run, and do not remember.
+State in variables is never written: such files load and run, but do not remember.
 """
 
 import json
@@ -20,18 +20,19 @@ from keras_fam.utils.atomic import add_files
 
 # Format to suffix and the backends that write it.
 FORMATS = {"onnx": (".onnx", ("jax", "torch")), "litert": (".tflite", ("tensorflow",)), "torch": (".pt2", ("torch",))}
-# Largest relative difference between a written file and the model; float32 in another order of sums is far below.
+# Largest relative difference between a written file and the model; rounding in another order of sums is far below.
 TOLERANCE = 1e-4
 
 
 def export_step(model, path, format: str, *, tokens: int = 1, batch_size: int | None = None, overwrite: bool = False):
-    """Writes one step of a stream: the next `tokens` tokens and a state in, outputs and the next state out.
+    """Writes one step of a stream: from the next `tokens` tokens and a state to outputs and the next state.
 
     ```python
     keras_fam.export_step(lm, "lm.onnx", "onnx")  # writes lm.onnx, lm.state.npz, lm.json
+    keras_fam.export_step(lm, "lm32.onnx", "onnx", tokens=32)  # 32 tokens at a time, with the same state
     ```
 
-    and, where neither keras_fam nor Keras is installed:
+    The file runs where neither keras_fam nor Keras is installed:
 
     ```python
     session = onnxruntime.InferenceSession("lm.onnx")
@@ -41,40 +42,41 @@ def export_step(model, path, format: str, *, tokens: int = 1, batch_size: int | 
         state = dict(zip(state, after))
     ```
 
-    | format | suffix | backends | batch | needs there |
+    | format | suffix | backends | batch | requires |
     | --- | --- | --- | --- | --- |
     | `"onnx"` | `.onnx` | JAX, torch | any, or fixed | onnxruntime |
     | `"litert"` | `.tflite` | TensorFlow | fixed | ai-edge-litert, or TensorFlow |
     | `"torch"` | `.pt2` | torch | any, or fixed | torch |
 
-    Inputs are named: `token_ids` int32 `[B, T]` and `state_…`; outputs are `logits` float32 `[B, T, V]` (of a
-    backbone, `hidden` `[B, T, D]`) and `next_state_…`, in the order of the inputs. A torch file takes and gives them
-    as keywords and a dict: `torch.export.load(path).module()(token_ids=…, **state)`. The number of tokens T is fixed:
-    write a file for each T that is wanted, mostly 1 and `block_size`; all of them share one state, and any order of
-    calls reads the same stream. A row that is reset gets the initial state.
+    Every model here can be written, those of `keras_fam.baselines` included. Inputs are named: `token_ids` int32
+    `[B, T]` and `state_…`; outputs are `logits` float32 `[B, T, V]` (of a backbone, `hidden` `[B, T, D]`) and
+    `next_state_…`, in the order of the inputs. A torch file takes keywords and returns a dict:
+    `torch.export.load(path).module()(token_ids=…, **state)`. The number of tokens T is fixed: write one file per T,
+    usually for 1 and `block_size`; they share one state, and any order of calls reads the same stream. A row that
+    starts a new text gets the initial state.
 
     Beside `path`, with the same name: `.state.npz`, the initial state of one row under the names of the inputs (repeat
     it for B rows); `.json`, names, shapes (null for any size) and dtypes of inputs and outputs, and under `"state"`
-    the input that each output is to be handed back as.
+    the input that each output is passed back as.
 
-    Before files take their place, the written step is loaded, run over two block borders and compared with the model,
-    outputs and state. On torch both sides of a branch are traced, so that one token costs an update of the memory.
+    Before the files appear, the written step is loaded, run across two block boundaries and compared with the model,
+    outputs and state. On torch both sides of a branch are traced, so every single token pays for a memory update.
 
     Args:
         model: a `TransformerFAMCausalLM` or `TransformerFAMBackbone` in float32.
         path: the file to write, with the suffix of its format.
         format: `"onnx"`, `"litert"` or `"torch"`.
         tokens: T, how many tokens a step reads.
-        batch_size: B; None leaves it to the caller of the file. LiteRT needs a number.
+        batch_size: B; None writes a file that takes any batch. LiteRT needs a number.
         overwrite: whether existing files are replaced.
 
     Returns:
         `pathlib.Path` of the file.
 
     Raises:
-        ValueError: for a model, an argument, or a combination of format and backend that does not fit.
+        ValueError: for an unsupported model or combination of format and backend, or an invalid argument.
         ImportError: if a package that writes or runs the format is missing.
-        RuntimeError: if the written step does not compute what the model does; nothing is kept then.
+        RuntimeError: if the written step does not compute what the model does; no file is left then.
     """
     path = pathlib.Path(path)
     _check(model, path, format, tokens, batch_size, overwrite)
@@ -100,7 +102,7 @@ def _check(model, path, format, tokens, batch_size, overwrite):
             f"{type(model).__name__}. Export other Keras models with `model.export(path)`."
         )
     if format not in FORMATS:
-        raise ValueError(f"`format` is one of {sorted(FORMATS)}; received {format!r}.")
+        raise ValueError(f"`format` must be one of {sorted(FORMATS)}; received {format!r}.")
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):
         if value is None and name == "batch_size":
             continue
@@ -114,14 +116,14 @@ def _check(model, path, format, tokens, batch_size, overwrite):
             f"with `model.save('model.keras')` and export it in a process with KERAS_BACKEND={backends[0]}."
         )
     if path.suffix != suffix:
-        raise ValueError(f"The file of `format=\"{format}\"` ends in '{suffix}'; received '{path}'.")
+        raise ValueError(f"The file of `format=\"{format}\"` must end in '{suffix}'; received '{path}'.")
     if format == "litert" and batch_size is None:
-        raise ValueError("A LiteRT file has a fixed batch; received `batch_size=None`. Pass a number, mostly 1.")
+        raise ValueError("A LiteRT file has a fixed batch; received `batch_size=None`. Pass a number, usually 1.")
     dtypes = {model.compute_dtype, *(spec.dtype for spec in _flat_specs(model) if "float" in spec.dtype)}
     if dtypes != {"float32"}:
         raise ValueError(
-            f"`export_step` writes float32 models; received one of {sorted(dtypes)}. Load the model with "
-            'the dtype "float32".'
+            f"`export_step` writes float32 models; received one of {sorted(dtypes)}. Build or load the model "
+            'with `dtype="float32"`.'
         )
     taken = [file for file in (path, path.with_suffix(".state.npz"), path.with_suffix(".json")) if file.exists()]
     if taken and not overwrite:
@@ -187,7 +189,7 @@ class Step:
 
 
 def _compare(step, run):
-    """Raises RuntimeError unless the written step does what the model does: at a start, and over two block borders."""
+    """RuntimeError unless the written step computes what the model does: from the start and over block boundaries."""
     model, rows = step.model, step.batch_size or 3
     size = getattr(model, "backbone", model).block_size
     advance = compiled(model.advance, lambda: model.variables)
@@ -206,7 +208,7 @@ def _compare(step, run):
             outputs, expected = advance(ops.convert_to_tensor(token_ids), expected)
             wanted = [ops.convert_to_numpy(outputs), *step.numpy(expected).values()]
             results = run({"token_ids": token_ids, **found})
-            if step.batch_size is None:  # one row alone is read as among others
+            if step.batch_size is None:  # one row alone gives what it gives among others
                 one = run({"token_ids": token_ids[:1], **{name: x[:1] for name, x in found.items()}})
                 _agree(step, [x[:1] for x in wanted], one)
             _agree(step, wanted, results)
@@ -221,6 +223,6 @@ def _agree(step, wanted, results):
             error = np.abs(np.subtract(actual, expected, dtype="float64")).max(initial=0.0)
         if not error <= TOLERANCE * max(1.0, np.abs(expected.astype("float64")).max(initial=0.0)):
             raise RuntimeError(
-                f"The written step does not compute what the model does: `{name}` differs by {error:.1e}. Nothing was "
-                "kept. Another format, or another version of the package that wrote this one, may do."
+                f"The written step does not compute what the model does: `{name}` differs by {error:.1e}. No file "
+                "was left. Try another format, or another version of the package that writes this one."
             )
