@@ -195,3 +195,14 @@ def test_sessions_expire(expiring, tokens):
     assert expiring.append([second], tokens[:1, :1])["positions"] == [4]
     expiring.refuses("may have expired", "append", sessions=[third], token_ids=[[1]], lengths=[1])
     assert expiring("close", sessions=[second])["free"] == 2
+
+
+def test_quantized_models_are_exported_as_they_are(tmp_path, tokens):
+    model = make_model(num_layers=1).backbone
+    exact = model.predict(tokens[:2, :9], verbose=0)
+    model.quantize("int8")
+    expected = model.predict(tokens[:2, :9], verbose=0)
+    found = Served(export_serving(model, tmp_path))("serving_default", token_ids=tokens[:2, :9])["hidden"]
+    support.close(found, expected, support.INT8)
+    error = support.relative(found, expected)
+    assert error < support.relative(exact, expected) / 2, "the export computes with the rounded weights"
