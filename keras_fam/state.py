@@ -103,7 +103,7 @@ def initial_position(batch_size, visible_memories):
         offset=ops.zeros((batch_size,), "int32"),
         block_index=ops.zeros((batch_size,), "int32"),
         fresh=ops.ones((batch_size,), "bool"),
-        visible_memories=ops.full((batch_size,), visible_memories, "int32"),
+        visible_memories=ops.ones((batch_size,), "int32") * visible_memories,
     )
 
 

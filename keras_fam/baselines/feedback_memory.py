@@ -18,6 +18,7 @@ from keras_fam.layers.chunk_attention import attend_tokens, project_tokens, rows
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.ops import block_layout, ragged
+from keras_fam.ops.backend import indices
 from keras_fam.ops.random import fold_in
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import scan
@@ -114,7 +115,7 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
             placed = [block_layout.place_queries(part, position.offset, S, num_blocks) for part in (x, query)]
         taken = chunk.taken
         end = begin + (ops.expand_dims(taken, 1) if len(getattr(taken, "shape", ())) else taken)
-        table = self.attention.positions.tokens(ops.arange(S, dtype="int32"))
+        table = self.attention.positions.tokens(indices(S))
         xs = dict(zip(("x", "query"), placed, strict=True), key=keys[:, m:], value=values[:, m:])
         if memory is not None:
             xs.update(memory_key=memory[0], memory_value=memory[1])
@@ -139,7 +140,7 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
             rows = rows_to_read(self.attention, state, read, here, one)
             attended = attend_tokens(self.attention, given["query"], *window, rows, here, one)
             y = self.token_output(attended, given["x"], given.get("seed"))
-            place = ops.expand_dims(given["index"] * S + ops.arange(S, dtype="int32"), 0)
+            place = ops.expand_dims(given["index"] * S + indices(S), 0)
             real = ops.broadcast_to(ops.logical_and(place >= begin, place < end), ops.shape(y)[:2])
             outputs = [ragged.zero_rows(part, real) for part in self._project_outputs(y, table)]
             if not chunk.aligned:  # the first block may hold outputs of earlier calls; zeros stand behind them

@@ -21,6 +21,7 @@ from keras_fam.models.scan_steps import scan_steps
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.ops import block_layout
 from keras_fam.ops.attention import attend
+from keras_fam.ops.backend import indices
 from keras_fam.ops.ragged import gather
 from keras_fam.ops.random import fold_in
 from keras_fam.ops.rope import rotate
@@ -100,7 +101,7 @@ class RMTBackbone(TransformerFAMBackbone):
         if not self.fam_length:
             return super().forward_embedded(x, state, chunk, seed=seed, training=training)
         length = x.shape[1]
-        if length is None or (not chunk.aligned and length > 1):
+        if not isinstance(length, int) or (not chunk.aligned and length > 1):
             return scan_blocks(self, x, state, chunk, seed=seed, training=training)
         if not chunk.aligned or length <= self.block_size:
             return self.forward_layers(x, state, chunk, seed=seed, training=training)
@@ -158,19 +159,19 @@ def scan_blocks(backbone, x, state, chunk, *, seed=None, training=False):
     """
     S, length, num_blocks = backbone.block_size, chunk.length, chunk.num_blocks
     last = ops.maximum(length - 1, 0)
-    block = ops.expand_dims(ops.arange(num_blocks, dtype="int32") * S, 1)  # [n, 1], first place of each
+    block = ops.expand_dims(indices(num_blocks) * S, 1)  # [n, 1], first place of each
     offset = ops.broadcast_to(state.position.offset, ops.shape(x)[:1])
     # Row b reads tokens first … first + count − 1 in block j; the first block continues where the row is.
     first = ops.maximum(block - offset, 0)
     count = ops.clip(offset + chunk.taken - block, 0, S) - ops.clip(offset - block, 0, S)
-    source = ops.expand_dims(first, 2) + ops.arange(S, dtype="int32")
-    inside = ops.arange(S, dtype="int32") < ops.expand_dims(count, 2)
+    source = ops.expand_dims(first, 2) + indices(S)
+    inside = indices(S) < ops.expand_dims(count, 2)
     tokens = gather(x, ops.reshape(ops.transpose(ops.minimum(source, last), (1, 0, 2)), (-1, num_blocks * S)))
     tokens = ops.transpose(block_layout.to_blocks(tokens, S, num_blocks), (1, 0, 2, 3))
     tokens = ops.where(ops.expand_dims(inside, -1), tokens, ops.zeros((), tokens.dtype))
     xs = {"x": tokens, "lengths": ops.cast(count, "int32")}
     if seed is not None:
-        xs["seed"] = fold_in(seed, 1 + SEEDS_PER_LAYER * backbone.num_layers * ops.arange(num_blocks, dtype="int32"))
+        xs["seed"] = fold_in(seed, 1 + SEEDS_PER_LAYER * backbone.num_layers * indices(num_blocks))
 
     def step(state, given):
         part = make_chunk(given["x"], state.position, S, "unaligned", lengths=given["lengths"])
@@ -179,7 +180,7 @@ def scan_blocks(backbone, x, state, chunk, *, seed=None, training=False):
 
     state = state._replace(position=broadcast_position(state.position, ops.shape(x)[0]))
     state, (ys,) = scan(step, state, xs, (xs["x"][0],))
-    place = ops.expand_dims(offset, 1) + ops.arange(length, dtype="int32")  # [B, T]
+    place = ops.expand_dims(offset, 1) + indices(length)  # [B, T]
     within = ops.floor_divide(place, S)
-    index = within * S + ops.arange(length, dtype="int32") - ops.maximum(within * S - ops.expand_dims(offset, 1), 0)
+    index = within * S + indices(length) - ops.maximum(within * S - ops.expand_dims(offset, 1), 0)
     return gather(block_layout.to_slots(ops.moveaxis(ys, 0, 1)), index), state

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_fam.ops import ragged
+from keras_fam.ops.backend import indices
 
 ALIGNMENTS = ("initial", "block", "unaligned")
 
 
 class Chunk(NamedTuple):
-    """How the tokens of a call lie in blocks. Sizes are ints, unless T is known at run time only (TensorFlow).
+    """How the tokens of a call lie in blocks. Sizes are ints, unless T is known at run time only (a tensor on
+    TensorFlow, a symbol in an export from JAX).
 
     Attributes:
         block_size: S.
@@ -45,7 +47,7 @@ class Chunk(NamedTuple):
     @property
     def uniform(self):
         """Whether all rows complete the same blocks, all of them known when the program is made."""
-        return self.aligned and self.lengths is None
+        return self.aligned and self.lengths is None and isinstance(self.length, int)
 
     @property
     def one_block(self):
@@ -60,7 +62,7 @@ class Chunk(NamedTuple):
     @property
     def block_offsets(self):
         """int32 `[n]`: 0, 1, … of the blocks of the call."""
-        return ops.arange(self.num_blocks, dtype="int32")
+        return indices(self.num_blocks)
 
     def visible_segments(self, memory_segments):
         """How many previous blocks the tokens of the call can see, at most `memory_segments`."""
@@ -72,7 +74,7 @@ class Chunk(NamedTuple):
         """`x` `[B, T, …]` with zeros behind each row's length."""
         if self.lengths is None:
             return x
-        return ragged.zero_rows(x, ops.arange(self.length, dtype="int32") < ops.expand_dims(self.lengths, 1))
+        return ragged.zero_rows(x, indices(self.length) < ops.expand_dims(self.lengths, 1))
 
 
 def make_chunk(x, position, block_size, alignment, *, lengths=None, keep_state=True):
@@ -88,13 +90,15 @@ def make_chunk(x, position, block_size, alignment, *, lengths=None, keep_state=T
     """
     S, length = block_size, ops.shape(x)[1]
     static, aligned = isinstance(length, int), alignment != "unaligned"
-    place = ops.arange(length, dtype="int32")
+    place = indices(length)
     if aligned:
         num_blocks, num_updates = (length + S - 1) // S, length // S
     else:
         num_blocks, num_updates = (length + 2 * S - 2) // S, (length + S - 1) // S
         place = ops.expand_dims(position.offset, 1) + place
-    if static and not keep_state:  # no token of the call reads what the last block writes
+    if not static:  # at least 1, which JAX must know; an update of an unfinished block is not kept
+        num_updates = num_blocks
+    elif not keep_state:  # no token of the call reads what the last block writes
         num_updates = min(num_updates, num_blocks - 1)
     taken = length if lengths is None else lengths
     return Chunk(

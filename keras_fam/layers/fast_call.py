@@ -60,11 +60,11 @@ def call_dense(layer, x, axes=1):
     lead, features = shape[:-axes], shape[-axes:]
     if not is_plain(layer):
         y = layer(ops.reshape(x, (-1, *features)))
-        return ops.reshape(y, (*lead, *ops.shape(y)[1:]))
+        return ops.reshape(y, (-1, *lead[1:], *ops.shape(y)[1:]))
     kernel, bias = frozen_kernel(layer), layer.bias
     out = kernel.shape[axes:]
     width = math.prod(features)
     rows = ops.reshape(cast(x, layer.compute_dtype), (-1, width))
     y = ops.matmul(rows, ops.reshape(kernel, (width, -1)))
-    y = ops.reshape(y + lora_update(layer, rows) if has_lora(layer) else y, (*lead, *out))
+    y = ops.reshape(y + lora_update(layer, rows) if has_lora(layer) else y, (-1, *lead[1:], *out))
     return y if bias is None else y + bias

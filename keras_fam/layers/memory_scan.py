@@ -12,6 +12,7 @@ from keras import ops
 from keras_fam.layers.memory_projection import MemoryProjection
 from keras_fam.ops import masks
 from keras_fam.ops.attention import attend
+from keras_fam.ops.backend import indices
 from keras_fam.ops.random import fold_in
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import branch, scan
@@ -89,7 +90,7 @@ def _scan_inputs(layer, state, position, keys, values, chunk, seed, initial_rows
     """What each step of the scan reads, a dict of `[num_updates, …]`."""
     attention, count = layer.attention_layer(), chunk.num_updates
     m, P = attention.memory_segments, attention.num_visible_memories
-    index = ops.arange(count, dtype="int32")
+    index = indices(count)
     inputs = {"key": keys[:, m : m + count], "value": values[:, m : m + count]}
     writing = layer.writing_rows(state, position, chunk, initial_rows)
     if writing is not None:

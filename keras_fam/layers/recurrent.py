@@ -6,7 +6,7 @@ from keras import ops
 from keras_fam.layers.chunk import make_chunk
 from keras_fam.layers.quantization import QuantizedSublayersMixin, check_training
 from keras_fam.ops import ragged
-from keras_fam.ops.backend import wait_for
+from keras_fam.ops.backend import indices, wait_for
 from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
@@ -147,7 +147,7 @@ class Recurrent(QuantizedSublayersMixin):
             lengths = ops.clip(ops.cast(lengths, "int32"), 0, ops.shape(x)[1])
         outputs, state = self._forward(x, state, "block" if aligned else "unaligned", lengths, training)
         if lengths is not None:
-            real = ops.arange(ops.shape(outputs)[1], dtype="int32") < ops.expand_dims(lengths, 1)
+            real = indices(ops.shape(outputs)[1]) < ops.expand_dims(lengths, 1)
             outputs = ragged.zero_rows(outputs, real)
         return outputs, state
 

@@ -203,7 +203,7 @@ class TransformerFAMBlock(RecurrentLayer):
         x = ops.reshape(x, (-1, shape[-1]))  # one matrix of rows, see `call_dense`
         hidden = run(self.up, x)
         hidden = self.activation(hidden) if self.gate is None else self.activation(run(self.gate, x)) * hidden
-        return ops.reshape(run(self.down, hidden), shape)
+        return ops.reshape(run(self.down, hidden), (-1, *shape[1:]))
 
     def forward_rows(self, rows):
         """Memory rows `[B, F, D]` through this layer alone, seeing each other only: the next layer's F_0 (App. B.1)."""

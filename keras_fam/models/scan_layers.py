@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_fam.distribution.state_sharding import shard_output
-from keras_fam.ops.backend import remat
+from keras_fam.ops.backend import indices, remat
 from keras_fam.ops.random import fold_in
 from keras_fam.ops.scan import scan
 
@@ -48,7 +48,7 @@ def scan_layers(blocks, x, state, chunk, *, remat_layers=False, seed=None, initi
     first, layer_state = blocks[0], state.layers[0]
     weights = [[w.value for w in block.weights] for block in blocks]
     states = [keras.tree.flatten(layer) for layer in state.layers]
-    xs = {"index": ops.arange(len(blocks), dtype="int32")}
+    xs = {"index": indices(len(blocks))}
     xs |= {f"weight_{j}": ops.stack(same) for j, same in enumerate(zip(*weights, strict=True))}
     xs |= {f"state_{j}": ops.stack(same) for j, same in enumerate(zip(*states, strict=True))}
     parts, rows_given = len(states[0]), initial_rows is not None

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_fam.layers.chunk import make_chunk
 from keras_fam.models.scan_layers import SEEDS_PER_LAYER
-from keras_fam.ops.backend import remat
+from keras_fam.ops.backend import indices, remat
 from keras_fam.ops.random import fold_in
 from keras_fam.ops.scan import scan
 
@@ -46,7 +46,7 @@ def scan_steps(model, x, state, chunk, size, *, seed=None, training=False):
     num_steps, lengths = length // size, chunk.lengths
     whole = ops.reshape(x[:, : num_steps * size], (-1, num_steps, size, x.shape[-1]))
     xs = {"x": ops.moveaxis(whole, 1, 0)}
-    index = ops.arange(num_steps, dtype="int32")
+    index = indices(num_steps)
     if lengths is not None:
         xs["lengths"] = ops.clip(ops.expand_dims(lengths, 0) - ops.expand_dims(index * size, 1), 0, size)
     if seed is not None:

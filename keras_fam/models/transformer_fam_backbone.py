@@ -315,7 +315,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         """All layers over embedded tokens `[B, T, D]`, a few blocks at a time where the chunk is long."""
         length, step = x.shape[1], step_blocks(self, training)
         size = None if step is None else step * self.block_size
-        if size is None or length is None or length <= size or not chunk.aligned:
+        if size is None or not isinstance(length, int) or length <= size or not chunk.aligned:
             if training and self.backpropagation_steps and not chunk.aligned and not (length and length <= size):
                 raise ValueError(
                     f"`backpropagation_steps` cuts between steps of {size} tokens, so rows must stand at the start of "
@@ -337,7 +337,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
     def run_layers(self, x, state, chunk, *, seed=None, training=False, initial_rows=None):
         """`(y, layers, initial_rows)`: `[B, T, D]`, a list of `LayerState`s, and what the top layer passes up."""
         length, remat_layers = x.shape[1], training and self.remat == "layers"
-        if self.scan_layers and (length is None or length >= self.block_size):
+        if self.scan_layers and (not isinstance(length, int) or length >= self.block_size):
             options = {"seed": seed, "initial_rows": initial_rows}
             y, layers = scan_layers(self.blocks, x, state, chunk, remat_layers=remat_layers, **options)
             return y, layers, None

@@ -236,7 +236,7 @@ def attend_blocks(
     if visible is not None:
         visible = merge(ops.broadcast_to(visible, (*ops.shape(query)[:2], visible.shape[2])))
     out = attend(merge(query), key, value, ops.expand_dims(mask, 0), softcap, visible)
-    return ops.reshape(out, ops.shape(query))
+    return ops.reshape(out, (-1, *ops.shape(query)[1:]))
 
 
 def attend_slots(

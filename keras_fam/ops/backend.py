@@ -24,6 +24,11 @@ def is_eager(x):
     return type(x).__name__ != "FakeTensor" and not is_tracing()
 
 
+def indices(count):
+    """int32 `[count]`: 0, 1, …; `count` may be a tensor (TensorFlow) or a symbol (exports from JAX)."""
+    return ops.arange(0, count, dtype="int32")  # jax2onnx cannot read `arange` without a start
+
+
 def runs_eagerly():
     """Whether programs run eagerly: a loop in one of them is no faster than a loop around it."""
     return keras.backend.backend() == "torch"

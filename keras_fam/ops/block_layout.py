@@ -6,6 +6,7 @@ n blocks that a call touches, of which the first may hold tokens of earlier call
 
 from keras import ops
 
+from keras_fam.ops.backend import indices
 from keras_fam.ops.ragged import gather, zero_rows
 
 
@@ -45,12 +46,12 @@ def lay_out(held, new, offset, lengths, block_size, num_blocks):
     rest = tuple(held.shape[2:])
     if new.shape[1] == 1:
         # One token goes straight to its slot; an absent one writes the zeros that stand there.
-        row = ops.arange(ops.shape(new)[0], dtype="int32")
+        row = indices(ops.shape(new)[0])
         slot = ops.stack([row, offset + segments * block_size], axis=1)
         held = ops.scatter_update(held, slot, new[:, 0])
         return ops.reshape(held, (-1, segments + 1, block_size, *rest))
     offset = ops.expand_dims(offset, 1)
-    slot = ops.expand_dims(ops.arange(num_blocks * block_size, dtype="int32"), 0)
+    slot = ops.expand_dims(indices(num_blocks * block_size), 0)
     place = slot - offset
     last = ops.shape(new)[1] - 1
     source = ops.where(place < 0, ops.minimum(slot, block_size - 1), block_size + ops.clip(place, 0, last))
@@ -68,14 +69,14 @@ def to_slots(blocks):
 
 def place_queries(query, offset, block_size, num_blocks):
     """Queries `[B, T, N, H]` of rows that stand anywhere, as `[B, n, S, N, H]`; other slots hold arbitrary queries."""
-    slot = ops.expand_dims(ops.arange(num_blocks * block_size, dtype="int32"), 0)
+    slot = ops.expand_dims(indices(num_blocks * block_size), 0)
     source = ops.clip(slot - ops.expand_dims(offset, 1), 0, ops.shape(query)[1] - 1)
     return ops.reshape(gather(query, source), (-1, num_blocks, block_size, *query.shape[2:]))
 
 
 def read_back(placed, offset, length):
     """Outputs `[B, n, S, …]` of `place_queries` back to their tokens, `[B, T, …]`."""
-    return gather(to_slots(placed), ops.expand_dims(offset, 1) + ops.arange(length, dtype="int32"))
+    return gather(to_slots(placed), ops.expand_dims(offset, 1) + indices(length))
 
 
 def keep_last(blocks, completed, segments):
@@ -94,5 +95,5 @@ def keep_last(blocks, completed, segments):
     if isinstance(completed, int):
         kept = blocks[:, completed : completed + segments + 1]
     else:
-        kept = gather(blocks, ops.expand_dims(completed, 1) + ops.arange(segments + 1, dtype="int32"))
+        kept = gather(blocks, ops.expand_dims(completed, 1) + indices(segments + 1))
     return ops.reshape(kept, (-1, (segments + 1) * shape[2], *shape[3:]))

@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_fam.ops.backend import indices
+
 
 def gather(x, index):
     """Takes `index[b, j]` along axis 1 of each row.
@@ -16,7 +18,7 @@ def gather(x, index):
     shape = ops.shape(x)
     batch_size, length, rest = shape[0], shape[1], shape[2:]
     flat = ops.reshape(x, (-1, *rest))
-    index = index + ops.expand_dims(ops.arange(batch_size, dtype="int32") * length, 1)
+    index = index + ops.expand_dims(indices(batch_size) * length, 1)
     taken = ops.take(flat, ops.reshape(index, (-1,)), axis=0)
     return ops.reshape(taken, (-1, ops.shape(index)[1], *rest))
 
@@ -33,7 +35,7 @@ def pack_left(x, padding_mask):
     """
     padding_mask = ops.cast(padding_mask, "bool")
     length = ops.shape(x)[1]
-    place = ops.arange(length, dtype="int32")
+    place = indices(length)
     order = ops.argsort(ops.where(padding_mask, place, place + length), axis=1)
     lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=1)
     return gather(x, ops.cast(order, "int32")), lengths
