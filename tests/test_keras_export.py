@@ -18,8 +18,6 @@ FORMATS = {
 }[BACKEND]
 SUFFIXES = {"tf_saved_model": "", "litert": ".tflite", "onnx": ".onnx", "torch": ".pt2"}
 SYSTEMS = {
-    "fam": (keras_fam.TransformerFAMBackbone, {}),
-    "bswa": (keras_fam.TransformerFAMBackbone, {"fam_length": 0}),
     "window": (keras_fam.TransformerFAMBackbone, {"memory_segments": 2, "attention_window": 5}),
     "summary": (keras_fam.TransformerFAMBackbone, {"initial_fam": "summary", "num_visible_memories": 2}),
     "scan_layers": (keras_fam.TransformerFAMBackbone, {"scan_layers": True, "num_layers": 2}),
@@ -30,8 +28,8 @@ SYSTEMS = {
 }
 
 
-def language_model(name="fam"):
-    backbone, settings = SYSTEMS[name]
+def language_model(name=None):
+    backbone, settings = SYSTEMS.get(name, (keras_fam.TransformerFAMBackbone, {}))
     settings = {**support.SMALL, "num_layers": 1, "hidden_dim": D, **settings}
     lm = keras_fam.TransformerFAMCausalLM(backbone(vocabulary_size=V, **settings))
     lm.build()
