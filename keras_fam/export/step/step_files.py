@@ -29,7 +29,8 @@ def _torch_program(step):
         forward.__signature__ = inspect.Signature([self, *parameters])  # keywords of the exported program
         del parameters, self
 
-    example = {name: x.contiguous() for name, x in step.example(step.batch_size or 3).items()}
+    # Inputs of their own: torch would trace two inputs that share a tensor as one.
+    example = {name: x.clone().contiguous() for name, x in step.example(step.batch_size or 3).items()}
     shapes = None
     if step.batch_size is None:
         shapes = {name: {0: torch.export.Dim.AUTO} for name in example}
