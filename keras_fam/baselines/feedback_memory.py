@@ -75,15 +75,15 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
         own = [ops.zeros(shape, state.key.dtype) for _ in range(2)]
         return FeedbackMemoryState(*state, output_key=own[0], output_value=own[1])
 
-    def forward_chunk(self, x, state, position, chunk, *, seed=None, initial_rows=None):
+    def forward_chunk(self, x, state, position, chunk, *, seed=None, rows_below=None):
         if chunk.positional and not chunk.one_block:  # a block needs the outputs of the one before
             chunk = chunk._replace(positional=False)
         x = chunk.zero_padding(x)
         tokens = project_tokens(self, x, state, position, chunk)
         memory = None
         if self.fam_length:
-            memory, state, initial_rows = self.scan_memory(
-                state, position, *tokens[1:], chunk, seed=seed, initial_rows=initial_rows
+            memory, state, rows_below = self.scan_memory(
+                state, position, *tokens[1:], chunk, seed=seed, rows_below=rows_below
             )
         if chunk.one_block:
             rows = rows_to_read(self.attention, state, memory, position, chunk)
@@ -93,7 +93,7 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
         else:
             y, *outputs = self._read_in_turn(x, tokens, memory, state, position, chunk, seed)
         state = self._keep_outputs(state, *tokens[1:], outputs, chunk) if chunk.keep_state else None
-        return y, state, initial_rows
+        return y, state, rows_below
 
     def _project_outputs(self, y, table):
         """Keys, rotated by place in block, and values of outputs `[B, *, D]`."""

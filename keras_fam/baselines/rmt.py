@@ -35,10 +35,10 @@ TOP_SEED = 7  # behind the seeds that the bottom layer uses for its memory rows
 class RMTBlock(TransformerFAMBlock):
     """One layer of an `RMTBackbone`. It reads the memory and hands the write rows to the layer above."""
 
-    def scan_memory(self, state, position, keys, values, chunk, *, seed=None, initial_rows=None):
-        """The chunk lies in one block. `initial_rows` are the write rows from the layer below; for the bottom layer,
+    def scan_memory(self, state, position, keys, values, chunk, *, seed=None, rows_below=None):
+        """The chunk lies in one block. `rows_below` are the write rows from the layer below; for the bottom layer,
         the memory that was fed back."""
-        write_rows, m = initial_rows, self.attention.memory_segments
+        write_rows, m = rows_below, self.attention.memory_segments
 
         def write():
             return self._write(state, keys[:, m], values[:, m], write_rows, seed)
@@ -111,7 +111,7 @@ class RMTBackbone(TransformerFAMBackbone):
         if not self.fam_length:
             return super().forward_layers(x, state, chunk, seed=seed, training=training)
         memory = state.layers[0].fam
-        x, layers, written = self.run_layers(x, state, chunk, seed=seed, training=training, initial_rows=memory)
+        x, layers, written = self.run_layers(x, state, chunk, seed=seed, training=training, rows_below=memory)
         if not chunk.keep_state:
             return x, None
         layers = self._feed_to_bottom(layers, written, chunk.completed, seed)

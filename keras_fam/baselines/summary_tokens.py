@@ -50,8 +50,8 @@ class SummaryFAMBlock(TransformerFAMBlock):
         static = ops.copy(state.fam) if learned is None else ops.cast(learned, state.fam.dtype)
         return SummaryLayerState(*state, static_fam=ops.broadcast_to(static, ops.shape(state.fam)))
 
-    def writing_rows(self, state, position, chunk, initial_rows):
-        static = self._static_rows(state, position, initial_rows)
+    def writing_rows(self, state, position, chunk, rows_below):
+        static = self._static_rows(state, position, rows_below)
         query = self.attention.memory_query(self.pre_norm(static))
         residual = ops.expand_dims(static, 1)
         if self.initial_fam != "summary":  # the first update after a reset has no residual
@@ -63,19 +63,19 @@ class SummaryFAMBlock(TransformerFAMBlock):
             ops.broadcast_to(residual, (*shape, *static.shape[1:])),
         )
 
-    def scan_memory(self, state, position, keys, values, chunk, *, seed=None, initial_rows=None):
-        before, static = state.static_fam, self._static_rows(state, position, initial_rows)
+    def scan_memory(self, state, position, keys, values, chunk, *, seed=None, rows_below=None):
+        before, static = state.static_fam, self._static_rows(state, position, rows_below)
         memory, state, rows = super().scan_memory(
-            state, position, keys, values, chunk, seed=seed, initial_rows=initial_rows
+            state, position, keys, values, chunk, seed=seed, rows_below=rows_below
         )
         if self.initial_fam == "summary":  # the rows that wrote the first block write all that follow
             state = state._replace(static_fam=where_rows(chunk.completed > 0, static, before))
         return memory, state, rows
 
-    def _static_rows(self, state, position, initial_rows):
+    def _static_rows(self, state, position, rows_below):
         if self.initial_fam != "summary":
             return state.static_fam
-        rows = ops.broadcast_to(ops.cast(initial_rows, state.static_fam.dtype), ops.shape(state.static_fam))
+        rows = ops.broadcast_to(ops.cast(rows_below, state.static_fam.dtype), ops.shape(state.static_fam))
         return where_rows(position.fresh, rows, state.static_fam)
 
 

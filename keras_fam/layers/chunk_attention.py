@@ -23,7 +23,7 @@ from keras_fam.ops.scan import branch
 from keras_fam.state import where_rows
 
 
-def forward_chunk(layer, x, state, position, chunk, *, seed=None, initial_rows=None):
+def forward_chunk(layer, x, state, position, chunk, *, seed=None, rows_below=None):
     """One layer over a chunk: the path of a token.
 
     Args:
@@ -33,10 +33,10 @@ def forward_chunk(layer, x, state, position, chunk, *, seed=None, initial_rows=N
         position: `StreamPosition` of B rows, or of one row that stands for all.
         chunk: `Chunk`.
         seed: None, or an integer tensor `[2]` for dropout and noise.
-        initial_rows: `[1 or B, F, D]`, for `initial_fam="summary"`: memory rows that pass up the layers with block 1.
+        rows_below: `[1 or B, F, D]`, for `initial_fam="summary"`: memory rows that pass up the layers with block 1.
 
     Returns:
-        `(y, state, initial_rows)`: `[B, T, D]`; the new `LayerState`, None unless `chunk.keep_state`; the rows for the
+        `(y, state, rows_below)`: `[B, T, D]`; the new `LayerState`, None unless `chunk.keep_state`; the rows for the
         layer above.
     """
     attention, memory = layer.attention_layer(), None
@@ -44,14 +44,14 @@ def forward_chunk(layer, x, state, position, chunk, *, seed=None, initial_rows=N
     query, keys, values = project_tokens(layer, x, state, position, chunk)
     state = keep_sinks(attention, state, keys, values, position)
     if layer.fam_length:
-        memory, state, initial_rows = layer.scan_memory(
-            state, position, keys, values, chunk, seed=seed, initial_rows=initial_rows
+        memory, state, rows_below = layer.scan_memory(
+            state, position, keys, values, chunk, seed=seed, rows_below=rows_below
         )
     rows = rows_to_read(attention, state, memory, position, chunk)
     attended = attend_tokens(attention, query, keys, values, rows, position, chunk)
     y = layer.token_output(attended, x, seed)
     state = keep_keys(attention, state, keys, values, chunk) if chunk.keep_state else None
-    return y, state, initial_rows
+    return y, state, rows_below
 
 
 def project_tokens(layer, x, state, position, chunk):

@@ -41,7 +41,7 @@ def memory_ages(attention):
     return np.repeat(np.arange(attention.num_visible_memories, dtype="int32"), attention.fam_length)
 
 
-def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, initial_rows=None):
+def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, rows_below=None):
     """Updates the memory once per completed block.
 
     Args:
@@ -52,47 +52,47 @@ def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, initi
         values: `[B, m+n, S, K, H]`.
         chunk: `Chunk`.
         seed: None, or an integer tensor `[2]`.
-        initial_rows: see `forward_chunk`.
+        rows_below: see `forward_chunk`.
 
     Returns:
-        `(memory, state, initial_rows)`: the keys and values `[B, n, P·F, K, H]` of the memories that the tokens of each
+        `(memory, state, rows_below)`: the keys and values `[B, n, P·F, K, H]` of the memories that the tokens of each
         block read; the `LayerState` with the memory after the last completed block; the rows for the layer above.
     """
-    first = _first_memory(layer, state, position, initial_rows)
+    first = _first_memory(layer, state, position, rows_below)
     if isinstance(chunk.num_updates, int) and chunk.num_updates == 0:
-        return tuple(ops.expand_dims(part, 1) for part in first[1:]), state, initial_rows
-    scan_inputs = _scan_inputs(layer, state, position, keys, values, chunk, seed, initial_rows)
+        return tuple(ops.expand_dims(part, 1) for part in first[1:]), state, rows_below
+    scan_inputs = _scan_inputs(layer, state, position, keys, values, chunk, seed, rows_below)
     sinks = [layer.attention_layer().sinks(state)] if layer.attention_layer().attention_sinks else []
     if isinstance(chunk.num_updates, int) and chunk.num_updates == 1 and not chunk.uniform:
         reads, after, fams = _update_once(layer, position, first, scan_inputs, chunk, sinks)
     else:
         reads, after, fams = _update_in_turn(layer, position, first, scan_inputs, chunk, sinks)
     if layer.initial_fam == "summary":
-        initial_rows = fams
+        rows_below = fams
         after = where_rows(chunk.completed > 0, after, (state.fam, state.fam_key, state.fam_value))
-    return reads, state._replace(**dict(zip(("fam", "fam_key", "fam_value"), after, strict=True))), initial_rows
+    return reads, state._replace(**dict(zip(("fam", "fam_key", "fam_value"), after, strict=True))), rows_below
 
 
-def _first_memory(layer, state, position, initial_rows):
-    """`(fam, key, value)` before the chunk: the state's, or `initial_rows` in rows that have not completed a block."""
+def _first_memory(layer, state, position, rows_below):
+    """`(fam, key, value)` before the chunk: the state's, or `rows_below` in rows that have not completed a block."""
     memory = (state.fam, state.fam_key, state.fam_value)
     if layer.initial_fam != "summary":
         return memory
     attention = layer.attention_layer()
-    rows = ops.broadcast_to(ops.cast(initial_rows, attention.memory_dtype), ops.shape(state.fam))
+    rows = ops.broadcast_to(ops.cast(rows_below, attention.memory_dtype), ops.shape(state.fam))
     key, value = attention.memory_key_value(layer.pre_norm(rows))
     older = state.fam_key[:, attention.fam_length :]
     key, value = (ops.concatenate([x, ops.zeros_like(older)], axis=1) for x in (key, value))
     return where_rows(position.fresh, (rows, key, value), memory)
 
 
-def _scan_inputs(layer, state, position, keys, values, chunk, seed, initial_rows):
+def _scan_inputs(layer, state, position, keys, values, chunk, seed, rows_below):
     """What each step of the scan reads, a dict of `[num_updates, …]`."""
     attention, count = layer.attention_layer(), chunk.num_updates
     m, P = attention.memory_segments, attention.num_visible_memories
     index = indices(count)
     inputs = {"key": keys[:, m : m + count], "value": values[:, m : m + count]}
-    writing = layer.writing_rows(state, position, chunk, initial_rows)
+    writing = layer.writing_rows(state, position, chunk, rows_below)
     if writing is not None:
         inputs.update(query=writing.query[:, :count], residual=writing.residual[:, :count])
     inputs = {name: ops.moveaxis(part, 1, 0) for name, part in inputs.items()}

@@ -60,20 +60,20 @@ class RecurrentLayer(Recurrent, keras.layers.Layer):
     def read(self, x, state, chunk, *, training=False):
         seed = next_seed(self.seed_generator, x) if training else None
         rows = self.attention_layer().initial_rows() if self.fam_length and self.initial_fam == "summary" else None
-        y, layer, _ = self.forward_chunk(x, state.layers[0], state.position, chunk, seed=seed, initial_rows=rows)
+        y, layer, _ = self.forward_chunk(x, state.layers[0], state.position, chunk, seed=seed, rows_below=rows)
         if not chunk.keep_state:
             return y, None
         return y, shard_state(StreamState(advance_position(state.position, chunk, self.max_memories), (layer,)))
 
-    def forward_chunk(self, x, state, position, chunk, *, seed=None, initial_rows=None):
+    def forward_chunk(self, x, state, position, chunk, *, seed=None, rows_below=None):
         """One layer's part of `read`; see `keras_fam.layers.chunk_attention.forward_chunk`."""
-        return forward_chunk(self, x, state, position, chunk, seed=seed, initial_rows=initial_rows)
+        return forward_chunk(self, x, state, position, chunk, seed=seed, rows_below=rows_below)
 
-    def scan_memory(self, state, position, keys, values, chunk, *, seed=None, initial_rows=None):
+    def scan_memory(self, state, position, keys, values, chunk, *, seed=None, rows_below=None):
         """Writing the memory; see `keras_fam.layers.memory_scan.scan_memory`."""
-        return scan_memory(self, state, position, keys, values, chunk, seed=seed, initial_rows=initial_rows)
+        return scan_memory(self, state, position, keys, values, chunk, seed=seed, rows_below=rows_below)
 
-    def writing_rows(self, state, position, chunk, initial_rows):
+    def writing_rows(self, state, position, chunk, rows_below):
         """None where the memory itself is copied into the query (Alg. 2), else `WritingRows`."""
         return None
 

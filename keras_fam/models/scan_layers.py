@@ -11,24 +11,24 @@ from keras_fam.ops.scan import scan
 SEEDS_PER_LAYER = 4096  # layer i of a model draws from seeds 4096·i on
 
 
-def remat_layer(block, x, state, position, chunk, *, seed=None, initial_rows=None):
+def remat_layer(block, x, state, position, chunk, *, seed=None, rows_below=None):
     """`block.forward_chunk`, rematerialized: nothing of it is kept for the backward pass, which computes it again.
 
     Args and returns: see `keras_fam.layers.chunk_attention.forward_chunk`.
     """
 
     def compute(x, state, *rows):
-        parts = block.forward_chunk(x, state, position, chunk, seed=seed, initial_rows=rows[0] if rows else None)
+        parts = block.forward_chunk(x, state, position, chunk, seed=seed, rows_below=rows[0] if rows else None)
         return tuple(part for part in parts if part is not None)  # what is differentiated is tensors alone
 
-    rows = () if initial_rows is None else (initial_rows,)
+    rows = () if rows_below is None else (rows_below,)
     read = [v for v in block.weights if keras.backend.is_float_dtype(v.dtype)]
     y, *rest = remat(compute, read)(x, state, *rows)
-    initial_rows = rest.pop() if rows else None
-    return y, rest[0] if rest else None, initial_rows
+    rows_below = rest.pop() if rows else None
+    return y, rest[0] if rest else None, rows_below
 
 
-def scan_layers(blocks, x, state, chunk, *, remat_layers=False, seed=None, initial_rows=None):
+def scan_layers(blocks, x, state, chunk, *, remat_layers=False, seed=None, rows_below=None):
     """What calling `forward_chunk` of one block after the other gives, as one compiled loop.
 
     The weights of all layers are stacked, which copies them once per call.
@@ -40,7 +40,7 @@ def scan_layers(blocks, x, state, chunk, *, remat_layers=False, seed=None, initi
         chunk: `Chunk`.
         remat_layers: whether each layer is rematerialized.
         seed: None, or an integer tensor `[2]`.
-        initial_rows: see `keras_fam.layers.chunk_attention.forward_chunk`.
+        rows_below: see `keras_fam.layers.chunk_attention.forward_chunk`.
 
     Returns:
         `(y, layers)`: `[B, T, D]`, and the list of the new `LayerState`s (of None unless `chunk.keep_state`).
@@ -51,7 +51,7 @@ def scan_layers(blocks, x, state, chunk, *, remat_layers=False, seed=None, initi
     xs = {"index": indices(len(blocks))}
     xs |= {f"weight_{j}": ops.stack(same) for j, same in enumerate(zip(*weights, strict=True))}
     xs |= {f"state_{j}": ops.stack(same) for j, same in enumerate(zip(*states, strict=True))}
-    parts, rows_given = len(states[0]), initial_rows is not None
+    parts, rows_given = len(states[0]), rows_below is not None
 
     def step(carry, given):
         x, rows = carry if rows_given else (carry, None)
@@ -59,18 +59,18 @@ def scan_layers(blocks, x, state, chunk, *, remat_layers=False, seed=None, initi
         layer = keras.tree.pack_sequence_as(layer_state, [given[f"state_{j}"] for j in range(parts)])
         with keras.StatelessScope(state_mapping=mapping):
             seed_here = fold_in(seed, SEEDS_PER_LAYER * given["index"])
-            y, new, rows = first.forward_chunk(x, layer, state.position, chunk, seed=seed_here, initial_rows=rows)
+            y, new, rows = first.forward_chunk(x, layer, state.position, chunk, seed=seed_here, rows_below=rows)
         y = shard_output(y, first)
         kept = tuple(keras.tree.flatten(new)) if chunk.keep_state else ()
         return ((y, rows) if rows_given else y), kept
 
     if rows_given:  # the rows that a layer passes on have one shape and dtype in all layers
         like = layer_state.fam
-        initial_rows = ops.cast(ops.broadcast_to(initial_rows, ops.shape(like)), like.dtype)
+        rows_below = ops.cast(ops.broadcast_to(rows_below, ops.shape(like)), like.dtype)
     if remat_layers:
         step = remat(step, [])  # it is given all that it reads
     like = tuple(states[0]) if chunk.keep_state else ()
-    carry, kept = scan(step, (x, initial_rows) if rows_given else x, xs, like)
+    carry, kept = scan(step, (x, rows_below) if rows_given else x, xs, like)
     y = carry[0] if rows_given else carry
     if not chunk.keep_state:
         return y, [None] * len(blocks)

@@ -328,29 +328,29 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
     def forward_layers(self, x, state, chunk, *, seed=None, training=False):
         """All layers over embedded tokens `[B, T, D]`, one after the other."""
         rows = self.prompt_rows() if self.fam_length and self.initial_fam == "summary" else None
-        x, layers, _ = self.run_layers(x, state, chunk, seed=seed, training=training, initial_rows=rows)
+        x, layers, _ = self.run_layers(x, state, chunk, seed=seed, training=training, rows_below=rows)
         if not chunk.keep_state:
             return x, None
         position = advance_position(state.position, chunk, self.blocks[0].max_memories)
         return x, shard_state(StreamState(position, tuple(layers)))
 
-    def run_layers(self, x, state, chunk, *, seed=None, training=False, initial_rows=None):
-        """`(y, layers, initial_rows)`: `[B, T, D]`, a list of `LayerState`s, and what the top layer passes up."""
+    def run_layers(self, x, state, chunk, *, seed=None, training=False, rows_below=None):
+        """`(y, layers, rows_below)`: `[B, T, D]`, a list of `LayerState`s, and what the top layer passes up."""
         length, remat_layers = x.shape[1], training and self.remat == "layers"
         if self.scan_layers and (not isinstance(length, int) or length >= self.block_size):
-            options = {"seed": seed, "initial_rows": initial_rows}
+            options = {"seed": seed, "rows_below": rows_below}
             y, layers = scan_layers(self.blocks, x, state, chunk, remat_layers=remat_layers, **options)
             return y, layers, None
         layers = []
         for i, block in enumerate(self.blocks):
             forward = functools.partial(remat_layer, block) if remat_layers else block.forward_chunk
             own_seed = fold_in(seed, SEEDS_PER_LAYER * i)
-            x, layer, initial_rows = forward(
-                x, state.layers[i], state.position, chunk, seed=own_seed, initial_rows=initial_rows
+            x, layer, rows_below = forward(
+                x, state.layers[i], state.position, chunk, seed=own_seed, rows_below=rows_below
             )
             x = shard_output(x, block)
             layers.append(layer)
-        return x, layers, initial_rows
+        return x, layers, rows_below
 
     @staticmethod
     def get_layout_map(device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch", settings=None):
