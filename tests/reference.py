@@ -26,10 +26,12 @@ DEFAULTS = {
     "attention_window": None,  # None: breathing BSWA; w: a token sees at most the last w tokens, itself included
     "attention_sinks": 0,  # W: the first tokens, read as if at the W positions before the window once they left it
     "num_visible_memories": 1,  # P (Table 6)
-    "fam_query": "feedback",  # "static": SUM FAM (App. C.3)
+    "fam_query": "feedback",  # "static": SUM FAM (App. C.3); "anchored": the rows of the layer below (not the paper's)
+    "fam_gate": None,  # not None: a bias per query head on memory rows as tokens read them (not the paper's)
     "fam_position": "last",  # "last" | "float" (App. B.2)
     "fam_query_position": "previous",  # "previous" | "current"
-    "memory_update": "residual",  # "residual" | "normalized" | "binary"
+    # "residual" (the paper's) | "normalized" | "binary" | "average" (of one half) | "learned_average" | "hard_gate"
+    "memory_update": "residual",
     "initial_fam": "prompt",  # "prompt" | "summary" | "prefix" (App. B.1)
     "stop_memory_gradient": False,  # has no effect on values; see `frozen` of `layer`
     "activation": "silu",
@@ -78,6 +80,12 @@ def random_weights(cfg, hidden_dim, rng, scale=0.3):
             shapes |= {f"{name}_norm_bias": (d,)} if cfg["norm"] == "layer_norm" else {}
     if cfg["initial_fam"] == "prefix" and cfg["fam_length"]:
         shapes |= {"initial_fam": (cfg["fam_length"], d)}
+    if cfg["fam_gate"] is not None:
+        shapes |= {"fam_gate": (n,)}
+    if cfg["memory_update"] == "learned_average":
+        shapes |= {"update_logit": (cfg["fam_length"],)}
+    if cfg["memory_update"] == "hard_gate":
+        shapes |= {"update_kernel": (3 * d,), "update_bias": (cfg["fam_length"],)}
     return {name: name.endswith("scale") + scale * rng.normal(size=shape) for name, shape in shapes.items()}
 
 
@@ -184,8 +192,11 @@ def query_key_norm(x, weights, cfg, name):
     return rms_norm(x, weights[name], cfg["query_key_norm_epsilon"] or cfg["norm_epsilon"])
 
 
-def attend(q, keys, values, cfg):
-    """Every query q [R, N, H] attends to all of keys, values [J, K, H] -> [R, N, H]. What is hidden is not passed."""
+def attend(q, keys, values, cfg, gate=None):
+    """Every query q [R, N, H] attends to all of keys, values [J, K, H] -> [R, N, H]. What is hidden is not passed.
+
+    gate: None, or a bias per query head [N], and how many keys it is for, the first ones.
+    """
     n = cfg["num_query_heads"]
     group = n // (cfg["num_key_value_heads"] or n)
     keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)  # head n reads n // G
@@ -193,6 +204,8 @@ def attend(q, keys, values, cfg):
     logits = np.einsum("rnh,jnh->nrj", q, keys) * scale
     if cfg["attention_softcap"] is not None:
         logits = cfg["attention_softcap"] * np.tanh(logits / cfg["attention_softcap"])
+    if gate is not None:
+        logits = logits + gate[0][:, None, None] * (np.arange(len(keys)) < gate[1])
     probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
     return np.einsum("nrj,jnh->rnh", probabilities, values)
@@ -273,14 +286,40 @@ def token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen):
         keys.append(source.keys[s])
         values.append(source.values[s])
     q = project_query(i_t, [t + position_offset], weights, cfg)
-    return finish(attend(q, np.stack(keys), np.stack(values), cfg), i_t, weights, cfg)
+    gate = None if cfg["fam_gate"] is None else (weights["fam_gate"], len(k_f))
+    return finish(attend(q, np.stack(keys), np.stack(values), cfg, gate), i_t, weights, cfg)
+
+
+def update_memory(written, previous, first, weights, cfg):
+    """What becomes of the memory [F, D], from what the layer wrote and what was there; not the paper's, but "residual".
+
+    An average and a gate take the first thing that is written as it is.
+    """
+    kind = cfg["memory_update"]
+    if kind == "residual" or (first and kind in ("average", "learned_average", "hard_gate")):
+        return written
+    if kind == "binary":
+        return np.where(written >= 0, 1.0, -1.0)
+    if kind == "normalized":
+        return rms_norm(written, 1.0, 1e-6)
+    if kind != "hard_gate":
+        weight = 0.5 if kind == "average" else 1.0 / (1.0 + np.exp(-weights["update_logit"][:, None]))
+        return (1.0 - weight) * previous + weight * written
+    held, new = rms_norm(previous, 1.0, 1e-6), rms_norm(written, 1.0, 1e-6)
+    features = np.concatenate([held, new, held * new], axis=1)
+    z = 4.0 / math.sqrt(written.shape[1]) * (features @ weights["update_kernel"]) + weights["update_bias"]
+    soft = 1.0 / (1.0 + np.exp(-z))
+    gate = np.where(np.real(soft) > 0.5, 1.0, 0.0) + 1j * np.imag(soft)  # backward, the gradient of the soft gate
+    gate = (gate if np.iscomplexobj(z) else np.real(gate))[:, None]
+    return gate * written + (1.0 - gate) * previous
 
 
 def write_memory(row, rider, weights, cfg, position_offset):
-    """F_b [F, D] for the block b that has just become full (Alg. 2, the memory rows).
+    """(memory, written), each [F, D], for the block b that has just become full (Alg. 2, the memory rows).
 
     The rows attend to k_F of the visible memories and to the whole block, never to the memory segments. With
-    initial_fam="summary" the first block has no memory yet: the riding rows take its place.
+    initial_fam="summary" the first block has no memory yet: the riding rows take its place. With fam_query="anchored"
+    the riding rows ask, and are the residual, in every block.
     """
     s = cfg["block_size"]
     block = row.count // s - 1
@@ -288,6 +327,8 @@ def write_memory(row, rider, weights, cfg, position_offset):
     previous_block, asking = memories[-1]
     if cfg["fam_query"] == "static" and row.memories:
         asking = row.static
+    if cfg["fam_query"] == "anchored":
+        asking = rider
     query_block = previous_block if cfg["fam_query_position"] == "previous" else block
     q_f = project_query(asking, fam_positions(query_block, cfg, position_offset), weights, cfg)
     k_f, v_f = project_memories(memories, weights, cfg, position_offset)
@@ -296,12 +337,11 @@ def write_memory(row, rider, weights, cfg, position_offset):
         k_f, v_f = k_f + more[0], v_f + more[1]
     keys = np.stack(k_f + row.keys[block * s : (block + 1) * s])
     values = np.stack(v_f + row.values[block * s : (block + 1) * s])
-    no_residual = row.fresh and row.memories  # riders keep theirs: they are the stream of the layer below
+    # Riders keep their residual: they are the stream of the layer below.
+    no_residual = row.fresh and row.memories and cfg["fam_query"] != "anchored"
     residual = np.zeros_like(asking) if no_residual else asking  # "FAM copy"
-    fam = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
-    if cfg["memory_update"] == "binary":
-        return np.where(fam >= 0, 1.0, -1.0)
-    return rms_norm(fam, 1.0, 1e-6) if cfg["memory_update"] == "normalized" else fam
+    written = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
+    return update_memory(written, memories[-1][1], row.fresh, weights, cfg), written
 
 
 def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0, fresh=True, static=None, frozen=None):
@@ -313,13 +353,15 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
     It goes on with the `row` that the last call returned (left as it is; fam0, fresh and static then do not matter).
 
     rider [F, D] is what the layer below wrote for the first block (layer 0: the learned rows), used only in the call
-    in which the first block of a "summary" stream becomes full.
+    in which the first block of a "summary" stream becomes full. With fam_query="anchored" it is what the layer below
+    made of the rows in each block that becomes full in this call (a list), or the same [F, D] for all of them.
 
     frozen is the row that a recorded run over the same stream returned. Tokens then read keys and values of blocks
     earlier than their own from it, so that `gradient` sees what stop_memory_gradient=True leaves.
 
     info: "fam", the current memory [F, D] (None before a summary stream has one); "fams", the memories written in
-    this call; "rider", the one written for the first block of a summary stream, if in this call, else None.
+    this call; "rider", what the layer above gets: the memory written for the first block of a summary stream, if in
+    this call, else None; with fam_query="anchored", what was made of the rows in each block, a list.
     """
     s, with_fam = cfg["block_size"], cfg["fam_length"] > 0
     if row is None:
@@ -328,7 +370,8 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
             row.memories.append((-1, wide(fam0)))
         assert row.memories or not with_fam or cfg["initial_fam"] == "summary", "a stream starts from fam0 [F, D]"
     row = row.copy()
-    outputs, fams, rider_out = [], [], None
+    anchored = cfg["fam_query"] == "anchored"
+    outputs, fams, rider_out = [], [], [] if anchored else None
     x = wide(x)
     while len(outputs) < len(x):
         visible = row.memories[-cfg["num_visible_memories"] :]
@@ -344,9 +387,13 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
             row.count += 1
         if with_fam and row.count == block_end:  # a partial last block writes no memory
             assert row.memories or rider is not None, "a rider [F, D] is needed in the call that fills the first block"
-            fams.append(write_memory(row, rider, weights, cfg, position_offset))
-            if not row.memories:
-                row.static, rider_out = rider, fams[-1]
+            rows = rider[len(fams)] if anchored and isinstance(rider, list) else rider
+            fam, written = write_memory(row, rows, weights, cfg, position_offset)
+            fams.append(fam)
+            if anchored:
+                rider_out.append(written)
+            elif not row.memories:
+                row.static, rider_out = rider, fam
             row.memories.append((row.count // s - 1, fams[-1]))
             row.fresh = False
     y = np.array(outputs).reshape(x.shape)

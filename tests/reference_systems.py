@@ -41,7 +41,7 @@ def fm_layer(x, weights, cfg, fam0=None):
                 static=fam0,
                 fresh=fresh,
             )
-            memories.append((block, reference.write_memory(row, None, weights, cfg, 0.0)))
+            memories.append((block, reference.write_memory(row, None, weights, cfg, 0.0)[0]))
             fresh = False
     return y, memories[-1][1] if memories else None
 

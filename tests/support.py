@@ -21,6 +21,8 @@ SMALL = {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "interme
          "memory_segments": 1, "fam_length": 3}  # fmt: skip
 HIDDEN_DIM = 12
 TINY_VOCABULARY = 11
+# What the oracle calls a memory update, where that is no name of the package.
+UPDATES = {"learned_average": keras_fam.Average(0.3, learned=True, name="memory_update")}
 
 # Every system of the paper and every setting of the layer, by name.
 VARIANTS = {
@@ -57,6 +59,11 @@ VARIANTS = {
     "current": {"fam_query_position": "current"},
     "normalized": {"memory_update": "normalized"},
     "binary": {"memory_update": "binary"},
+    "hard_gate": {"memory_update": "hard_gate", "num_visible_memories": 2, "fam_gate": 0.5},
+    "anchored_hard_gate": {"fam_query": "anchored", "memory_update": "hard_gate", "attention_sinks": 2,
+                           "fam_gate": -1.0},
+    "anchored_average": {"fam_query": "anchored", "initial_fam": "summary", "memory_update": "learned_average",
+                         "fam_gate": -1.0, "attention_softcap": 2.0},
     "softcap": {"attention_softcap": 2.0, "attention_scale": 0.7},
     "query_key_norm": {"query_key_norm": "rms_norm", "query_key_norm_epsilon": 1e-5},
     "post_norm": {"use_post_norm": True},
@@ -100,7 +107,9 @@ def make(variant=None, dtype="float32", seed=0, hidden_dim=HIDDEN_DIM, **setting
     weights = reference.random_weights(cfg, hidden_dim, rng)
     weights.pop("initial_fam", None)
     fam0 = rng.normal(size=(cfg["fam_length"], hidden_dim)) if cfg["fam_length"] else None
-    static = settings.pop("fam_query", None) == "static"
+    if static := settings.get("fam_query") == "static":
+        settings.pop("fam_query")
+    settings["memory_update"] = UPDATES.get(cfg["memory_update"], cfg["memory_update"])
     block_class = keras_fam.baselines.SummaryFAMBlock if static else keras_fam.TransformerFAMBlock
     block = block_class(**settings, dtype=dtype)
     block.build((None, None, hidden_dim))
@@ -135,11 +144,15 @@ def variables_by_name(block):
         "feedforward_norm": block.feedforward_norm, "post_attention_norm": block.post_attention_norm,
         "post_feedforward_norm": block.post_feedforward_norm, "gate": block.gate, "up": block.up, "down": block.down,
     }  # fmt: skip
+    parts["update"] = block.attention.memory_update
     found = {}
     for name, layer in parts.items():
         for variable in [] if layer is None else layer.weights:
-            kind = {"kernel": "kernel", "bias": "bias", "scale": "scale", "gamma": "scale", "beta": "bias"}
-            found[f"{name}_{kind[variable.name]}"] = variable
+            if variable.name != "noise_scale":
+                kind = {"gamma": "scale", "beta": "bias"}.get(variable.name, variable.name)
+                found[f"{name}_{kind}"] = variable
+    if block.attention.gate_bias is not None:
+        found["fam_gate"] = block.attention.gate_bias
     return found
 
 
@@ -156,7 +169,8 @@ def oracle_inputs(cfg, fam0):
     """How the oracle is told the first memory of a block that stands alone."""
     if fam0 is None:
         return {}
-    return {"rider": fam0} if cfg["initial_fam"] == "summary" else {"fam0": fam0}
+    inputs = {"rider": fam0} if cfg["initial_fam"] == "summary" else {"fam0": fam0}
+    return inputs | ({"rider": fam0} if cfg["fam_query"] == "anchored" else {})
 
 
 def numpy(x):

@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_fam.layers.chunk_attention import attend_tokens, project_tokens, rows_to_read
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
+from keras_fam.layers.validation import require_feedback
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.ops import block_layout, ragged
 from keras_fam.ops.backend import indices
@@ -63,6 +64,7 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
             )
         if self.attention.attention_sinks:
             raise ValueError("FM has no attention sinks; leave `attention_sinks` out.")
+        require_feedback("FM", self.attention)
 
     def layer_state_spec(self, batch_size=None):
         state = super().layer_state_spec(batch_size)

@@ -16,6 +16,7 @@ from keras import ops
 from keras_fam.distribution.state_sharding import shard_state
 from keras_fam.layers.chunk import make_chunk
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
+from keras_fam.layers.validation import require_feedback
 from keras_fam.models.scan_layers import SEEDS_PER_LAYER
 from keras_fam.models.scan_steps import scan_steps
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
@@ -79,13 +80,14 @@ class RMTBackbone(TransformerFAMBackbone):
 
     Raises:
         ValueError: for settings that RMT does not have: `initial_fam` other than `"prompt"`, several visible memories,
-            `fam_position="float"`, attention sinks, or `scan_layers=True`.
+            `fam_position="float"`, attention sinks, `fam_query="anchored"`, or `scan_layers=True`.
     """
 
     block_class = RMTBlock
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        require_feedback("RMT", self.blocks[0].attention)
         needed = {"initial_fam": "prompt", "fam_position": "last", "num_visible_memories": 1, "attention_sinks": 0}
         for name, value in needed.items():
             found = getattr(self.blocks[0].attention, name)

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_fam.layers.memory_scan import WritingRows
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
+from keras_fam.layers.validation import require_feedback
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.state import where_rows
 
@@ -38,6 +39,10 @@ class SummaryFAMBlock(TransformerFAMBlock):
 
     Args: those of `TransformerFAMBlock`.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        require_feedback("SUM FAM", self.attention)
 
     def layer_state_spec(self, batch_size=None):
         state = super().layer_state_spec(batch_size)

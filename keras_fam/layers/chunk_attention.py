@@ -18,6 +18,7 @@ from keras import ops
 from keras_fam.layers.memory_scan import memory_ages
 from keras_fam.ops import block_layout, masks
 from keras_fam.ops.attention import attend_blocks, attend_slots
+from keras_fam.ops.key_bias import KeyBias
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import branch
 from keras_fam.state import where_rows
@@ -33,7 +34,9 @@ def forward_chunk(layer, x, state, position, chunk, *, seed=None, rows_below=Non
         position: `StreamPosition` of B rows, or of one row that stands for all.
         chunk: `Chunk`.
         seed: None, or an integer tensor `[2]` for dropout and noise.
-        rows_below: `[1 or B, F, D]`, for `initial_fam="summary"`: memory rows that pass up the layers with block 1.
+        rows_below: what the layer below made of the memory rows, or the model's memory prompt: None; `[1 or B, F, D]`
+            in block 1, for `initial_fam="summary"`; `[1 or B, 1 or n, F, D]` in each block that the chunk completes,
+            for `fam_query="anchored"`.
 
     Returns:
         `(y, state, rows_below)`: `[B, T, D]`; the new `LayerState`, None unless `chunk.keep_state`; the rows for the
@@ -90,11 +93,13 @@ class Rows(NamedTuple):
         key: `[B, n, R, K, H]`, rotated for readers in the block.
         value: `[B, n, R, K, H]`.
         seen: None where all of them exist, or bool `[1 or B, n, R]`.
+        bias: None, or a `KeyBias` over the R of them (`fam_gate`).
     """
 
     key: Any
     value: Any
     seen: Any
+    bias: Any = None
 
 
 def keep_sinks(attention, state, keys, values, position):
@@ -117,7 +122,9 @@ def rows_to_read(attention, state, memory, position, chunk):
         position: `StreamPosition` before the chunk.
         chunk: `Chunk`.
     """
-    parts, n = [], chunk.num_blocks
+    parts, n, bias = [], chunk.num_blocks, None
+    if attention.memory_is_closed:
+        memory = None
     if attention.attention_sinks:
         sinks = attention.sinks(state)
         if attention.stop_memory_gradient:
@@ -134,10 +141,13 @@ def rows_to_read(attention, state, memory, position, chunk):
         elif parts:
             seen = ops.ones((1, 1, len(age)), "bool")
         parts.append((*memory, seen))
+        if attention.gate_bias is not None:
+            keys = np.arange(attention.attention_sinks + len(age)) >= attention.attention_sinks
+            bias = KeyBias(ops.convert_to_tensor(attention.gate_bias), keys)
     if len(parts) < 2:
-        return Rows(*parts[0]) if parts else None
+        return Rows(*parts[0], bias) if parts else None
     key, value = (ops.concatenate(pair, axis=2) for pair in zip(parts[0][:2], parts[1][:2], strict=True))
-    return Rows(key, value, _side_by_side([part[2] for part in parts]))
+    return Rows(key, value, _side_by_side([part[2] for part in parts]), bias)
 
 
 def attend_tokens(attention, query, keys, values, rows, position, chunk):
@@ -206,6 +216,7 @@ def _attend_whole_blocks(attention, query, keys, values, rows, position, chunk):
         back=attention.positions.back,
         visible=seen,
         softcap=attention.attention_softcap,
+        bias=None if rows is None else rows.bias,
         stop_gradient=attention.stop_memory_gradient,
     )
     if chunk.aligned:
@@ -243,5 +254,6 @@ def _attend_positions(attention, query, keys, values, rows, position, chunk):
         own=own,
         back=attention.positions.back,
         softcap=attention.attention_softcap,
+        bias=None if rows is None else rows.bias,
         stop_gradient=attention.stop_memory_gradient,
     )

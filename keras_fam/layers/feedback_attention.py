@@ -51,8 +51,17 @@ class FeedbackAttention(RecurrentLayer):
         num_visible_memories: P, how many of the last memories tokens and memory rows may read (Table 6).
         initial_fam: `"prompt"` or `"prefix"`: the first memory F_0 is given (App. B.1; one learned set of rows where
             the layer stands alone); `"summary"`: the rows pass up the layers with block 1, whose tokens read no memory.
+        fam_query: what writes the memory, as query and residual: `"feedback"` (default, the paper's form): the memory
+            itself; `"anchored"` (an addition of this project): the rows of the layer below in the same block, starting
+            from learned rows at the bottom, so that a pre-trained layer meets rows such as it knows. What the layer
+            makes of them goes up to the next layer and, past `memory_update`, becomes the layer's memory. Not with
+            `initial_fam="prefix"`.
         memory_update: what becomes of a memory between blocks: `"residual"` (the paper's), `"normalized"`, `"binary"`,
-            or a `keras_fam.MemoryUpdate` such as `keras_fam.Normalized(noise=0.7)`.
+            `"average"`, `"hard_gate"`, or a `keras_fam.MemoryUpdate` such as `keras_fam.Normalized(noise=0.7)`.
+        fam_gate: None (the paper's form), or a number (an addition of this project): where a learned bias per query
+            head, `[N]`, starts, which is added to the logits of memory rows as tokens read them (not as memory rows do;
+            after the soft cap). `float("-inf")` closes the memory: it is written but not read, without a weight or
+            cost, and outputs are those of `fam_length=0`.
         fam_position: where memory rows stand: at the `"last"` positions of the block that they compress, or evenly over
             it (`"float"`, App. B.2).
         fam_query_position: position of a memory query: `"previous"` (as its key) or `"current"` (the tail of the block
@@ -78,9 +87,10 @@ class FeedbackAttention(RecurrentLayer):
 
     SETTINGS = (
         "num_query_heads", "head_dim", "num_key_value_heads", "block_size", "memory_segments", "fam_length",
-        "attention_window", "attention_sinks", "num_visible_memories", "initial_fam", "memory_update", "fam_position",
-        "fam_query_position", "stop_memory_gradient", "rope_wavelength", "rope_scaling", "attention_scale",
-        "attention_softcap", "use_attention_bias", "use_output_bias", "query_key_norm", "query_key_norm_epsilon",
+        "attention_window", "attention_sinks", "num_visible_memories", "initial_fam", "fam_query", "memory_update",
+        "fam_gate", "fam_position", "fam_query_position", "stop_memory_gradient", "rope_wavelength", "rope_scaling",
+        "attention_scale", "attention_softcap", "use_attention_bias", "use_output_bias", "query_key_norm",
+        "query_key_norm_epsilon",
     )  # fmt: skip
 
     # Plain attributes of this layer; `RecurrentLayer` has them as properties of its attention.
@@ -99,7 +109,9 @@ class FeedbackAttention(RecurrentLayer):
         attention_sinks: int = 0,
         num_visible_memories: int = 1,
         initial_fam: str = "prompt",
+        fam_query: str = "feedback",
         memory_update="residual",
+        fam_gate: float | None = None,
         fam_position: str = "last",
         fam_query_position: str = "previous",
         stop_memory_gradient: bool = False,
@@ -118,7 +130,7 @@ class FeedbackAttention(RecurrentLayer):
         super().__init__(stateful=stateful, **kwargs)
         settings = {name: value for name, value in locals().items() if name in self.SETTINGS}
         settings["num_key_value_heads"] = num_query_heads if num_key_value_heads is None else num_key_value_heads
-        settings["memory_update"] = memory_updates.get(memory_update)
+        settings["memory_update"] = memory_updates.get(memory_update, self.memory_dtype)
         for name, value in settings.items():
             setattr(self, name, value)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -143,6 +155,11 @@ class FeedbackAttention(RecurrentLayer):
     def draws(self):
         """Whether training needs random numbers."""
         return bool(self.fam_length and self.memory_update.noise)
+
+    @property
+    def memory_is_closed(self):
+        """Whether tokens do not read the memory (`fam_gate=float("-inf")`)."""
+        return self.fam_gate == float("-inf")
 
     @property
     def memory_dtype(self):
@@ -184,6 +201,15 @@ class FeedbackAttention(RecurrentLayer):
             self.query_norm.build((None, None, self.num_query_heads, self.head_dim))
             self.key_norm.build((None, None, self.num_key_value_heads, self.head_dim))
         self.memory_update.build((None, self.fam_length, self.hidden_dim))
+        self.gate_bias = None
+        if self.fam_length and self.fam_gate is not None and not self.memory_is_closed:
+            self.gate_bias = self.add_weight(
+                shape=(self.num_query_heads,),
+                dtype=self.memory_dtype,
+                initializer=keras.initializers.Constant(self.fam_gate),
+                autocast=False,
+                name="fam_gate",
+            )
         self.initial_fam_rows = None
         if self.fam_length and self.owns_initial_fam:
             self.initial_fam_rows = self.add_weight(

@@ -4,6 +4,7 @@ A memory row of a layer needs only that layer's keys and values of the block and
 rows a step and never the tokens; tokens read what it leaves behind, all blocks at once.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,29 @@ class WritingRows(NamedTuple):
     residual: Any  # [B, n, F, D]
 
 
+def rows_for_lowest(attention, learned):
+    """`rows_below` of the lowest layer of a model, or of a layer that stands alone.
+
+    Args:
+        attention: a `FeedbackAttention`.
+        learned: function that returns the learned rows, `[1, F, D]`.
+    """
+    if not attention.fam_length:
+        return None
+    if attention.fam_query == "anchored":
+        return ops.expand_dims(learned(), 1)
+    return learned() if attention.initial_fam == "summary" else None
+
+
+def anchored_rows(layer, state, chunk, rows_below):
+    """`WritingRows` of `fam_query="anchored"`: query and residual are the rows of the layer below in the same block."""
+    attention = layer.attention_layer()
+    rows = ops.cast(rows_below, attention.memory_dtype)
+    query = attention.memory_query(layer.pre_norm(rows))
+    lead = (ops.shape(state.fam)[0], chunk.num_updates)
+    return WritingRows(*(ops.broadcast_to(part, (*lead, *part.shape[2:])) for part in (query, rows)))
+
+
 def memory_ages(attention):
     """NumPy int32 `[P·F]`: of each visible memory row, how many memories were written since."""
     return np.repeat(np.arange(attention.num_visible_memories, dtype="int32"), attention.fam_length)
@@ -55,22 +79,21 @@ def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, rows_
         rows_below: see `forward_chunk`.
 
     Returns:
-        `(memory, state, rows_below)`: the keys and values `[B, n, P·F, K, H]` of the memories that the tokens of each
+        `(memory, state, rows_above)`: the keys and values `[B, n, P·F, K, H]` of the memories that the tokens of each
         block read; the `LayerState` with the memory after the last completed block; the rows for the layer above.
     """
     first = _first_memory(layer, state, position, rows_below)
     if isinstance(chunk.num_updates, int) and chunk.num_updates == 0:
         return tuple(ops.expand_dims(part, 1) for part in first[1:]), state, rows_below
-    scan_inputs = _scan_inputs(layer, state, position, keys, values, chunk, seed, rows_below)
+    inputs = functools.partial(_scan_inputs, layer, state, position, keys, values, chunk, seed, rows_below)
     sinks = [layer.attention_layer().sinks(state)] if layer.attention_layer().attention_sinks else []
     if isinstance(chunk.num_updates, int) and chunk.num_updates == 1 and not chunk.uniform:
-        reads, after, fams = _update_once(layer, position, first, scan_inputs, chunk, sinks)
+        reads, after, rows_above = _update_once(layer, position, first, inputs, chunk, sinks, rows_below)
     else:
-        reads, after, fams = _update_in_turn(layer, position, first, scan_inputs, chunk, sinks)
+        reads, after, rows_above = _update_in_turn(layer, position, first, inputs(), chunk, sinks)
     if layer.initial_fam == "summary":
-        rows_below = fams
         after = where_rows(chunk.completed > 0, after, (state.fam, state.fam_key, state.fam_value))
-    return reads, state._replace(**dict(zip(("fam", "fam_key", "fam_value"), after, strict=True))), rows_below
+    return reads, state._replace(**dict(zip(("fam", "fam_key", "fam_value"), after, strict=True))), rows_above
 
 
 def _first_memory(layer, state, position, rows_below):
@@ -79,7 +102,8 @@ def _first_memory(layer, state, position, rows_below):
     if layer.initial_fam != "summary":
         return memory
     attention = layer.attention_layer()
-    rows = ops.broadcast_to(ops.cast(rows_below, attention.memory_dtype), ops.shape(state.fam))
+    rows = rows_below[:, 0] if attention.fam_query == "anchored" else rows_below
+    rows = ops.broadcast_to(ops.cast(rows, attention.memory_dtype), ops.shape(state.fam))
     key, value = attention.memory_key_value(layer.pre_norm(rows))
     older = state.fam_key[:, attention.fam_length :]
     key, value = (ops.concatenate([x, ops.zeros_like(older)], axis=1) for x in (key, value))
@@ -98,6 +122,8 @@ def _scan_inputs(layer, state, position, keys, values, chunk, seed, rows_below):
     inputs = {name: ops.moveaxis(part, 1, 0) for name, part in inputs.items()}
     if not chunk.uniform:
         inputs["active"] = ops.expand_dims(index, 1) < chunk.completed
+    if attention.memory_update.takes_first_write:
+        inputs["fresh"] = ops.logical_and(ops.expand_dims(index, 1) == 0, position.fresh)
     if P > 1 or attention.attention_sinks:
         age = ops.convert_to_tensor(memory_ages(attention))
         readable = ops.maximum(ops.expand_dims(position.visible_memories, 0) + ops.expand_dims(index, 1), 1)
@@ -125,7 +151,11 @@ def _start(layer, position, first, inputs):
 
 
 def _step(layer, memory, x, project, sinks):
-    """F_τ from F_{τ−1} and one block: attend to sinks, memories and the whole block, write, update, project."""
+    """F_τ from F_{τ−1} and one block: attend to sinks, memories and the whole block, write, update, project.
+
+    Returns:
+        `(memory, written)`: the new carry, and what the layer made of the rows, `[B, F, D]`.
+    """
     attention, seed = layer.attention_layer(), x.get("seed")
     query, residual = x.get("query", memory.query), x.get("residual", memory.residual)
     key = ops.concatenate([*(part[0] for part in sinks), memory.key, x["key"]], axis=1)
@@ -137,50 +167,57 @@ def _step(layer, memory, x, project, sinks):
         mask = ops.expand_dims(mask, 1)
     attended = attend(query, key, value, mask, attention.attention_softcap)
     written = layer.memory_output(attended, residual, seed)
-    fam = attention.memory_update.call(written, memory.fam, seed=fold_in(seed, 3))
+    fam = attention.memory_update.call(written, memory.fam, seed=fold_in(seed, 3), fresh=x.get("fresh"))
     query, key, value = project(layer.pre_norm(fam))
     if attention.num_visible_memories > 1:  # older memories move one block back
         kept = (attention.num_visible_memories - 1) * attention.fam_length
         key = ops.concatenate([key, rotate(memory.key[:, :kept], attention.positions.back(1))], axis=1)
         value = ops.concatenate([value, memory.value[:, :kept]], axis=1)
     new = Memory(fam, fam, query, key, value) if "query" not in x else Memory(fam, (), (), key, value)
-    return where_rows(x["active"], new, memory) if "active" in x else new
+    return (where_rows(x["active"], new, memory) if "active" in x else new), written
 
 
-def _update_once(layer, position, first, inputs, chunk, sinks):
+def _update_once(layer, position, first, inputs, chunk, sinks, rows_below):
     """At most one block is completed, as in decoding: mostly none is, and then nothing of this is computed."""
-    x = {name: part[0] for name, part in inputs.items()}
+    anchored, before = layer.attention_layer().fam_query == "anchored", first
+    if anchored:
+        before += (ops.broadcast_to(ops.cast(rows_below[:, 0], first[0].dtype), ops.shape(first[0])),)
 
     def update():
-        memory, project = _start(layer, position, first, inputs)
-        new = _step(layer, memory, x, project, sinks)
-        return new.fam, new.key, new.value
+        x = {name: part[0] for name, part in inputs().items()}
+        memory, project = _start(layer, position, first, x)
+        new, written = _step(layer, memory, x, project, sinks)
+        return (new.fam, new.key, new.value) + ((written,) if anchored else ())
 
-    fam, key, value = branch(ops.any(chunk.completed > 0), update, lambda: first)
+    fam, key, value, *written = branch(ops.any(chunk.completed > 0), update, lambda: before)
     if chunk.num_blocks == 1:
         reads = tuple(ops.expand_dims(part, 1) for part in first[1:])
     else:
         reads = tuple(ops.stack(pair, axis=1) for pair in zip(first[1:], (key, value), strict=True))
-    return reads, (fam, key, value), fam
+    return reads, (fam, key, value), ops.expand_dims(written[0], 1) if anchored else fam
 
 
 def _update_in_turn(layer, position, first, inputs, chunk, sinks):
     """One update after the other; the tokens of each block read what was there before it."""
     memory, project = _start(layer, position, first, inputs)
-    summary = layer.initial_fam == "summary"
+    anchored = layer.attention_layer().fam_query == "anchored"
+    summary = layer.initial_fam == "summary" and not anchored
 
     def step(memory, x):
-        new = _step(layer, memory, x, project, sinks)
-        return new, (memory.key, memory.value) + ((new.fam,) if summary else ())
+        new, written = _step(layer, memory, x, project, sinks)
+        above = (written,) if anchored else (new.fam,) if summary else ()
+        return new, (memory.key, memory.value, *above)
 
-    like = (memory.key, memory.value) + ((memory.fam,) if summary else ())
+    like = (memory.key, memory.value) + ((memory.fam,) if anchored or summary else ())
     memory, stacked = scan(step, memory, inputs, like, unroll=True)
-    reads, fams = stacked[:2], None
+    reads, rows_above = stacked[:2], None
     static = isinstance(chunk.num_updates, int)
     if not static or chunk.num_blocks > chunk.num_updates:  # the unfinished block reads the last memory
         last = (ops.expand_dims(part, 0) for part in (memory.key, memory.value))
         reads = [ops.concatenate(parts, axis=0)[: chunk.num_blocks] for parts in zip(reads, last, strict=True)]
-    if summary:  # what block 1 made of the rows passes on to the layer above
+    if anchored:
+        rows_above = ops.moveaxis(stacked[2], 0, 1)
+    elif summary:  # what block 1 made of the rows passes on to the layer above
         stacked = ops.concatenate([ops.expand_dims(first[0], 0), stacked[2]], axis=0)
-        fams = stacked[1] if static else stacked[ops.minimum(chunk.num_updates, 1)]
-    return tuple(ops.moveaxis(part, 0, 1) for part in reads), (memory.fam, memory.key, memory.value), fams
+        rows_above = stacked[1] if static else stacked[ops.minimum(chunk.num_updates, 1)]
+    return tuple(ops.moveaxis(part, 0, 1) for part in reads), (memory.fam, memory.key, memory.value), rows_above

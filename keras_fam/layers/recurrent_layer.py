@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_fam.distribution.state_sharding import shard_state, state_variables
 from keras_fam.layers.chunk_attention import forward_chunk
-from keras_fam.layers.memory_scan import scan_memory
+from keras_fam.layers.memory_scan import anchored_rows, rows_for_lowest, scan_memory
 from keras_fam.layers.quantization import require_exact_kernels
 from keras_fam.layers.recurrent import Recurrent
 from keras_fam.ops.random import next_seed
@@ -59,7 +59,7 @@ class RecurrentLayer(Recurrent, keras.layers.Layer):
 
     def read(self, x, state, chunk, *, training=False):
         seed = next_seed(self.seed_generator, x) if training else None
-        rows = self.attention_layer().initial_rows() if self.fam_length and self.initial_fam == "summary" else None
+        rows = rows_for_lowest(self.attention_layer(), self.attention_layer().initial_rows)
         y, layer, _ = self.forward_chunk(x, state.layers[0], state.position, chunk, seed=seed, rows_below=rows)
         if not chunk.keep_state:
             return y, None
@@ -75,7 +75,9 @@ class RecurrentLayer(Recurrent, keras.layers.Layer):
 
     def writing_rows(self, state, position, chunk, rows_below):
         """None where the memory itself is copied into the query (Alg. 2), else `WritingRows`."""
-        return None
+        if self.attention_layer().fam_query == "feedback":
+            return None
+        return anchored_rows(self, state, chunk, rows_below)
 
     def check_inputs(self, inputs, padding_mask=None):
         if len(inputs.shape) != 3:

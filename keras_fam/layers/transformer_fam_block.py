@@ -39,10 +39,10 @@ class TransformerFAMBlock(RecurrentLayer):
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
-        attention_window, attention_sinks, num_visible_memories, initial_fam, fam_position, fam_query_position,
-            stop_memory_gradient, rope_wavelength, rope_scaling, attention_scale, attention_softcap,
-            use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
-            The epsilon defaults to `norm_epsilon`.
+        attention_window, attention_sinks, num_visible_memories, initial_fam, fam_query, memory_update, fam_gate,
+            fam_position, fam_query_position, stop_memory_gradient, rope_wavelength, rope_scaling, attention_scale,
+            attention_softcap, use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see
+            `FeedbackAttention`. The epsilon defaults to `norm_epsilon`.
         activation: any Keras activation.
         gated: whether the feed-forward part is `down(activation(gate(x)) * up(x))` or `down(activation(up(x)))`.
         norm: `"rms_norm"`, `"offset_rms_norm"` (multiplies by 1 + scale: Gemma) or `"layer_norm"`.
@@ -82,7 +82,9 @@ class TransformerFAMBlock(RecurrentLayer):
         attention_sinks: int = 0,
         num_visible_memories: int = 1,
         initial_fam: str = "prompt",
+        fam_query: str = "feedback",
         memory_update="residual",
+        fam_gate: float | None = None,
         fam_position: str = "last",
         fam_query_position: str = "previous",
         stop_memory_gradient: bool = False,

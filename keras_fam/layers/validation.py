@@ -1,5 +1,6 @@
 """What the settings of a layer may be, each rule in one place."""
 
+FAM_QUERIES = ("feedback", "anchored")
 FAM_POSITIONS = ("last", "float")
 FAM_QUERY_POSITIONS = ("previous", "current")
 INITIAL_FAMS = ("prompt", "prefix", "summary")
@@ -22,6 +23,20 @@ def require_positive(name, value, zero=False):
     """Raises ValueError unless `value` is a positive number (or 0, if `zero`)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"`{name}` must be a {'non-negative' if zero else 'positive'} number; received {value!r}.")
+
+
+def require_feedback(kind, attention):
+    """Raises ValueError unless a `FeedbackAttention` writes its memory in the paper's form, for systems of their own.
+
+    Args:
+        kind: name of the system.
+        attention: a `FeedbackAttention`.
+    """
+    if attention.fam_query != "feedback":
+        raise ValueError(
+            f"{kind} has a write of its own, so `fam_query` must be 'feedback'; received {attention.fam_query!r}. "
+            "Leave it out, or use TransformerFAMBackbone."
+        )
 
 
 def check_attention_settings(attention):
@@ -53,6 +68,17 @@ def check_attention_settings(attention):
     if attention.attention_window is not None:
         require_positive_integer("attention_window", attention.attention_window)
     require_one_of("initial_fam", attention.initial_fam, INITIAL_FAMS)
+    require_one_of("fam_query", attention.fam_query, FAM_QUERIES)
+    if attention.fam_query == "anchored" and attention.initial_fam == "prefix":
+        raise ValueError(
+            "`fam_query='anchored'` sends one set of learned rows up the layers, so `initial_fam` must be 'prompt' or "
+            "'summary'; received 'prefix', which has a first memory per layer and no such rows."
+        )
+    gate = attention.fam_gate
+    if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int | float) or not gate < float("inf")):
+        raise ValueError(
+            f'`fam_gate` must be None, a finite number or float("-inf"), which closes the memory; received {gate!r}.'
+        )
     require_one_of("fam_position", attention.fam_position, FAM_POSITIONS)
     require_one_of("fam_query_position", attention.fam_query_position, FAM_QUERY_POSITIONS)
     require_one_of("query_key_norm", attention.query_key_norm, QUERY_KEY_NORMS)

@@ -2,6 +2,8 @@
 
 import math
 
+from keras_fam.layers import memory_update as memory_updates
+
 _PAPER = {
     "vocabulary_size": 256_000,
     "block_size": 1024,
@@ -52,7 +54,7 @@ def model_config(name: str, **changes) -> dict:
 
 
 def weight_shapes(settings: dict) -> dict:
-    """Names and shapes of all trainable weights of a backbone, without creating one.
+    """Names and shapes of all trainable weights of a backbone, without creating it.
 
     Args:
         settings: keywords of `TransformerFAMBackbone`, for example from `model_config`. Sizes, heads, gating, biases,
@@ -85,6 +87,12 @@ def weight_shapes(settings: dict) -> dict:
     for name in ("gate", "up") if settings.get("gated", True) else ("up",):
         block |= dense(name, (D, M), (M,), "use_feedforward_bias")
     block |= dense("down", (M, D), (D,), "use_feedforward_bias")
+    if F:
+        update = memory_updates.get(settings.get("memory_update", "residual"))
+        update.build((None, F, D))
+        block |= {f"attention/memory_update/{v.name}": tuple(v.shape) for v in update.trainable_weights}
+        if settings.get("fam_gate") not in (None, float("-inf")):
+            block["attention/fam_gate"] = (N,)
     if F and settings.get("initial_fam") == "prefix":
         block["attention/initial_fam"] = (F, D)
     shapes = {"token_embedding/embeddings": (settings["vocabulary_size"], D)}

@@ -65,8 +65,10 @@ def scan_layers(blocks, x, state, chunk, *, remat_layers=False, seed=None, rows_
         return ((y, rows) if rows_given else y), kept
 
     if rows_given:  # the rows that a layer passes on have one shape and dtype in all layers
-        like = layer_state.fam
-        rows_below = ops.cast(ops.broadcast_to(rows_below, ops.shape(like)), like.dtype)
+        batch_size, *row = ops.shape(layer_state.fam)
+        blocks_written = (chunk.num_updates,) if len(rows_below.shape) == 4 else ()
+        rows_below = ops.broadcast_to(rows_below, (batch_size, *blocks_written, *row))
+        rows_below = ops.cast(rows_below, layer_state.fam.dtype)
     if remat_layers:
         step = remat(step, [])  # it is given all that it reads
     like = tuple(states[0]) if chunk.keep_state else ()

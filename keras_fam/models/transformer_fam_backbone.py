@@ -9,6 +9,7 @@ from keras_fam.distribution.layout_map import layout_map
 from keras_fam.distribution.state_sharding import shard_output, shard_state
 from keras_fam.layers import memory_update as memory_updates
 from keras_fam.layers.feedback_attention import FeedbackAttention
+from keras_fam.layers.memory_scan import rows_for_lowest
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.layers.validation import require_positive, require_positive_integer
@@ -25,7 +26,7 @@ from keras_fam.training.checked_inputs import CheckedInputs
 
 # Settings that every layer of a backbone takes.
 BLOCK_SETTINGS = (*FeedbackAttention.SETTINGS, *TransformerFAMBlock.SETTINGS)
-_EQUAL_IN_ALL_LAYERS = ("block_size", "fam_length", "initial_fam", "num_visible_memories")
+_EQUAL_IN_ALL_LAYERS = ("block_size", "fam_length", "initial_fam", "fam_query", "num_visible_memories")
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
@@ -60,10 +61,15 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         fam_length: F, rows of memory in each layer; 0 is TransformerBSWA, without memory.
         initial_fam: `"prompt"` (default): F learned rows at token-embedding level, one set for the whole model,
             forwarded through the layers alone; `"summary"`: the same rows pass up the layers with block 1, whose tokens
-            read no memory; `"prefix"`: a set per layer (App. B.1). With memory, these rows are the only weights that a
-            plain Transformer lacks.
-        memory_update: `"residual"` (the paper's), `"normalized"`, `"binary"`, or a `keras_fam.MemoryUpdate`, of which
-            each layer gets a copy.
+            read no memory; `"prefix"`: a set per layer (App. B.1). In the paper's form, these rows are the only weights
+            that a plain Transformer lacks.
+        fam_query: `"feedback"` (the paper's form): a layer's memory writes the next one; `"anchored"` (an addition of
+            this project): the memory prompt passes up the layers in every block, and what a layer makes of the rows is
+            what it writes. See `FeedbackAttention`.
+        memory_update: `"residual"` (the paper's), `"normalized"`, `"binary"`, `"average"`, `"hard_gate"`, or a
+            `keras_fam.MemoryUpdate`, of which each layer gets a copy. The last two may have weights.
+        fam_gate: None (the paper's form), or where a learned bias on reading the memory starts, one per layer and query
+            head; `float("-inf")` closes the memory. See `FeedbackAttention`.
         attention_window, attention_sinks, num_visible_memories, fam_position, fam_query_position, stop_memory_gradient,
             rope_wavelength, rope_scaling, attention_scale, attention_softcap, use_attention_bias, use_output_bias,
             query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
@@ -112,7 +118,9 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         memory_segments: int = 3,
         fam_length: int = 64,
         initial_fam: str = "prompt",
+        fam_query: str = "feedback",
         memory_update="residual",
+        fam_gate: float | None = None,
         attention_window: int | None = None,
         attention_sinks: int = 0,
         num_visible_memories: int = 1,
@@ -327,7 +335,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
 
     def forward_layers(self, x, state, chunk, *, seed=None, training=False):
         """All layers over embedded tokens `[B, T, D]`, one after the other."""
-        rows = self.prompt_rows() if self.fam_length and self.initial_fam == "summary" else None
+        rows = rows_for_lowest(self.blocks[0].attention, self.prompt_rows)
         x, layers, _ = self.run_layers(x, state, chunk, seed=seed, training=training, rows_below=rows)
         if not chunk.keep_state:
             return x, None

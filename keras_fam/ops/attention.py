@@ -6,9 +6,11 @@ Shapes: Q query rows, W keys, N query heads, K key/value heads, G = N // K, H he
 import contextlib
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_fam.ops.backend import is_eager, platform, remat
+from keras_fam.ops.key_bias import FEATURES, KeyBias
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import scan
 
@@ -33,7 +35,7 @@ def record_attention():
         _records.pop()
 
 
-def attend(query, key, value, mask=None, softcap=None, visible=None):
+def attend(query, key, value, mask=None, softcap=None, visible=None, bias=None):
     """Softmax attention of `query` over `key` and `value`.
 
     On JAX and TensorFlow on a CPU, many rows and heads are computed a few at a time, and again in the backward pass,
@@ -46,14 +48,17 @@ def attend(query, key, value, mask=None, softcap=None, visible=None):
         mask: None, or bool, broadcastable to `[A, Q, W]`; True where a query sees a key. Every query must see one.
         softcap: None, or c: logits become `c·tanh(logits / c)` before the mask (Gemma 2).
         visible: None, or bool `[A, W]`: keys that no query of the row sees are False.
+        bias: None, or a `KeyBias` over the W keys, added after the soft cap.
 
     Returns:
         `[A, Q, N, H]` in the dtype of `value`. The softmax is taken in float32 or wider.
     """
     if _records:
-        _record(query, key, value, mask, softcap, visible)
+        _record(query, key, value, mask, softcap, visible, bias)
     if softcap is None and fused_attention_exists(query.dtype):
-        return _attend_fused(query, key, value, mask, visible)
+        if bias is None:
+            return _attend_fused(query, key, value, mask, visible)
+        return _attend_fused(*bias.as_features(query, key, value), mask, visible)[..., :-FEATURES]
     # Heads first, and all queries of a key/value head in one matrix: plain batched products are the fastest everywhere.
     kv_heads, count, width = key.shape[-2], ops.shape(query)[1], value.shape[-1]
     groups = query.shape[-2] // kv_heads
@@ -62,16 +67,20 @@ def attend(query, key, value, mask=None, softcap=None, visible=None):
     query = ops.reshape(query, (-1, kv_heads, groups * count, query.shape[-1]))
     key, value = ops.transpose(key, (0, 2, 3, 1)), ops.transpose(value, (0, 2, 1, 3))
     if step is None:
-        out = _attend_heads(query, key, value, mask, visible, softcap, groups)
+        out = _attend_heads(query, key, value, mask, visible, softcap, groups, bias)
     else:
-        out = _attend_in_steps(query, key, value, mask, visible, softcap, groups, *step)
+        out = _attend_in_steps(query, key, value, mask, visible, softcap, groups, bias, *step)
     out = ops.reshape(out, (-1, kv_heads, groups, count, width))
     return merge_heads(ops.transpose(out, (0, 3, 1, 2, 4)))
 
 
-def _attend_heads(query, key, value, mask, visible, softcap, groups):
+def _attend_heads(query, key, value, mask, visible, softcap, groups, bias):
     """`[A, K, G·Q, H]` over `[A, K, H, W]` and `[A, K, W, H]`, to `[A, K, G·Q, H]`."""
     logits = softmax_ready(ops.matmul(query, key), softcap)
+    if bias is not None:
+        shape = ops.shape(logits)
+        logits = ops.reshape(logits, (*shape[:2], groups, shape[2] // groups, shape[3]))
+        logits = ops.reshape(logits + bias.on_logits(query.shape[1], logits.dtype), shape)
     if mask is not None or visible is not None:
         if mask is None or visible is None:
             mask = ops.expand_dims(visible, 1) if mask is None else mask
@@ -88,13 +97,13 @@ def _attend_heads(query, key, value, mask, visible, softcap, groups):
     return ops.cast(ops.cast(out, total.dtype) / total, value.dtype)
 
 
-def _record(query, key, value, mask, softcap, visible):
+def _record(query, key, value, mask, softcap, visible, bias):
     """Adds the weights of one call to the innermost list: the outputs for one-hot values."""
     open_lists, _records[:] = list(_records), []
     try:
         count = key.shape[1]
         one_hot = ops.broadcast_to(ops.eye(count, dtype=value.dtype)[None, :, None], (*key.shape[:3], count))
-        open_lists[-1].append(attend(query, key, one_hot, mask, softcap, visible))
+        open_lists[-1].append(attend(query, key, one_hot, mask, softcap, visible, bias))
     finally:
         _records[:] = open_lists
 
@@ -117,7 +126,7 @@ def _step_size(query, key, mask):
     return max(a for a in range(1, fitting // kv_heads + 1) if rows % a == 0), kv_heads
 
 
-def _attend_in_steps(query, key, value, mask, visible, softcap, groups, rows, heads):
+def _attend_in_steps(query, key, value, mask, visible, softcap, groups, bias, rows, heads):
     """`_attend_heads`, `rows` rows and `heads` heads at a time."""
     split = key.shape[1] // heads
 
@@ -127,9 +136,13 @@ def _attend_in_steps(query, key, value, mask, visible, softcap, groups, rows, he
     xs = {"query": parts(query), "key": parts(key), "value": parts(value)}
     if visible is not None:
         xs["visible"] = ops.reshape(ops.repeat(visible, split, axis=0), (-1, rows, visible.shape[1]))
+    if bias is not None:
+        head = ops.reshape(bias.head, (split, heads, groups))
+        xs["bias"] = ops.tile(head, (xs["query"].shape[0] // split, 1, 1))
 
     def compute(x):
-        return _attend_heads(x["query"], x["key"], x["value"], mask, x.get("visible"), softcap, groups)
+        own = None if bias is None else KeyBias(x["bias"], bias.keys)
+        return _attend_heads(x["query"], x["key"], x["value"], mask, x.get("visible"), softcap, groups, own)
 
     again = remat(compute, [])
     _, (out,) = scan(lambda carry, x: (carry, (again(x),)), (), xs, (xs["query"][0],))
@@ -198,6 +211,7 @@ def attend_blocks(
     back,
     visible=None,
     softcap=None,
+    bias=None,
     stop_gradient=False,
 ):
     """Tokens of whole blocks over their windows `[memories, m previous blocks, own block]`.
@@ -213,6 +227,7 @@ def attend_blocks(
         back: function from j to the rotation of a key that is read j blocks later (`BlockPositions.back`).
         visible: None, or bool `[1 or B, n, P·F + (m+1)·S]`: keys that exist for a block.
         softcap: see `attend`.
+        bias: None, or a `KeyBias` over the P·F memory keys.
         stop_gradient: whether no gradient flows into the previous blocks' keys and values (M1_SG).
 
     Returns:
@@ -235,12 +250,26 @@ def attend_blocks(
     value = merge(ops.concatenate(value_parts, axis=2) if len(value_parts) > 1 else value_parts[0])
     if visible is not None:
         visible = merge(ops.broadcast_to(visible, (*ops.shape(query)[:2], visible.shape[2])))
-    out = attend(merge(query), key, value, ops.expand_dims(mask, 0), softcap, visible)
+    if bias is not None:
+        bias = bias.before((segments + 1) * keys.shape[2])
+    out = attend(merge(query), key, value, ops.expand_dims(mask, 0), softcap, visible, bias)
     return ops.reshape(out, (-1, *ops.shape(query)[1:]))
 
 
 def attend_slots(
-    query, keys, values, memory_key, memory_value, mask, *, segments, own, back, softcap=None, stop_gradient=False
+    query,
+    keys,
+    values,
+    memory_key,
+    memory_value,
+    mask,
+    *,
+    segments,
+    own,
+    back,
+    softcap=None,
+    bias=None,
+    stop_gradient=False,
 ):
     """A few tokens at any place over the slots of a state: what `attend_blocks` computes, without filling a block.
 
@@ -257,6 +286,7 @@ def attend_slots(
         own: bool `[B, T, m+n]`, which block is a token's own; read for `stop_gradient` only.
         back: as in `attend_blocks`; takes an array of distances.
         softcap: see `attend`.
+        bias: see `attend_blocks`.
         stop_gradient: see `attend_blocks`.
 
     Returns:
@@ -286,7 +316,11 @@ def attend_slots(
     parts = [per_block(logits)]
     if memory_key is not None:
         parts.insert(0, per_block(_products(query[:, :, segments:], memory_key)))
-    logits = masked(softmax_ready(ops.concatenate(parts, axis=-1), softcap), mask[:, None, None])
+    logits = softmax_ready(ops.concatenate(parts, axis=-1), softcap)
+    if bias is not None:
+        bias = KeyBias(bias.head, np.tile(bias.keys, memory_key.shape[1])).before(num_blocks * block_size)
+        logits = logits + bias.on_logits(kv_heads, logits.dtype)
+    logits = masked(logits, mask[:, None, None])
     weights = ops.cast(ops.softmax(logits, axis=-1), values.dtype)
     if memory_key is None:
         return merge_heads(over_slots(weights, values))
