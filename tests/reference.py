@@ -80,11 +80,11 @@ def random_weights(cfg, hidden_dim, rng, scale=0.3):
             shapes |= {f"{name}_norm_bias": (d,)} if cfg["norm"] == "layer_norm" else {}
     if cfg["initial_fam"] == "prefix" and cfg["fam_length"]:
         shapes |= {"initial_fam": (cfg["fam_length"], d)}
-    if cfg["fam_gate"] is not None:
+    if cfg["fam_gate"] is not None and cfg["fam_length"]:
         shapes |= {"fam_gate": (n,)}
-    if cfg["memory_update"] == "learned_average":
+    if cfg["memory_update"] == "learned_average" and cfg["fam_length"]:
         shapes |= {"update_logit": (cfg["fam_length"],)}
-    if cfg["memory_update"] == "hard_gate":
+    if cfg["memory_update"] == "hard_gate" and cfg["fam_length"]:
         shapes |= {"update_kernel": (3 * d,), "update_bias": (cfg["fam_length"],)}
     return {name: name.endswith("scale") + scale * rng.normal(size=shape) for name, shape in shapes.items()}
 

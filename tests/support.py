@@ -165,6 +165,14 @@ def set_weights(block, weights, fam0=None):
         block.attention.initial_fam_rows.assign(fam0)
 
 
+def copy_weights(source, target):
+    """Gives `target` the weights of `source` that have the same names within a layer or a language model."""
+    depth = 1 if isinstance(source, keras_fam.TransformerFAMBlock) else 2
+    named = {v.path.split("/", depth)[-1]: v for v in source.weights}
+    for v in target.weights:
+        v.assign(named[v.path.split("/", depth)[-1]])
+
+
 def oracle_inputs(cfg, fam0):
     """How the oracle is told the first memory of a block that stands alone."""
     if fam0 is None:

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_fam.ops import attention, masks
 from keras_fam.ops.backend import compiled, value_and_gradient
+from keras_fam.ops.key_bias import FEATURES, KeyBias
 
 BACKEND = keras.backend.backend()
 ROWS, QUERIES, KEYS, HEADS, WIDTH = 6, 3, 5, 4, 2
@@ -42,13 +43,13 @@ def test_one_rule_of_visibility(segments, window):
     np.testing.assert_array_equal(ops.convert_to_numpy(exists), position >= 3)
 
 
-def result(monkeypatch, kv_heads, softcap, *, step_bytes, fused):
-    """Outputs, and the gradient of their weighted sum with respect to queries, keys and values."""
+def result(monkeypatch, kv_heads, softcap, biased=False, *, step_bytes, fused):
+    """Outputs, and the gradient of their weighted sum with respect to queries, keys, values and a bias per head."""
     monkeypatch.setattr(attention, "STEP_BYTES", step_bytes)
     monkeypatch.setattr(attention, "WHOLE_BYTES", step_bytes)
     monkeypatch.setattr(attention, "fused_attention_exists", lambda dtype: fused)
     rng = np.random.default_rng(0)
-    shapes = [(ROWS, QUERIES, HEADS, WIDTH), (ROWS, KEYS, kv_heads, WIDTH), (ROWS, KEYS, kv_heads, WIDTH)]
+    shapes = [(ROWS, QUERIES, HEADS, WIDTH), (ROWS, KEYS, kv_heads, WIDTH), (ROWS, KEYS, kv_heads, WIDTH), (HEADS,)]
     ends = np.cumsum([np.prod(shape) for shape in shapes])
     packed = ops.convert_to_tensor(rng.normal(size=ends[-1]).astype("float32"))
     weights = ops.convert_to_tensor(rng.normal(size=shapes[0]).astype("float32"))
@@ -58,9 +59,10 @@ def result(monkeypatch, kv_heads, softcap, *, step_bytes, fused):
 
     def attend(packed):
         parts = (packed[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
-        query, key, value = (ops.reshape(x, s) for x, s in zip(parts, shapes, strict=True))
+        query, key, value, head = (ops.reshape(x, s) for x, s in zip(parts, shapes, strict=True))
         seen = ops.convert_to_tensor(visible)
-        return attention.attend(query, key, value, ops.convert_to_tensor(mask), softcap, seen)
+        bias = KeyBias(head, np.array([False, True, True, False, False])) if biased else None
+        return attention.attend(query, key, value, ops.convert_to_tensor(mask), softcap, seen, bias)
 
     def both(packed):
         return attend(packed), value_and_gradient(lambda x: ops.sum(attend(x) * weights), packed)[1]
@@ -69,9 +71,10 @@ def result(monkeypatch, kv_heads, softcap, *, step_bytes, fused):
     return [ops.convert_to_numpy(x) for x in found]
 
 
-@pytest.mark.parametrize("kv_heads, softcap", [(4, None), (2, None), (1, 2.0)])
-def test_every_way_gives_the_same(monkeypatch, kv_heads, softcap):
-    expected = result(monkeypatch, kv_heads, softcap, step_bytes=1 << 30, fused=False)
+@pytest.mark.parametrize("kv_heads, softcap, biased", [(4, None, False), (2, None, True), (1, 2.0, True)])
+def test_every_way_gives_the_same(monkeypatch, kv_heads, softcap, biased):
+    expected = result(monkeypatch, kv_heads, softcap, biased, step_bytes=1 << 30, fused=False)
+    assert np.abs(expected[1][-HEADS:]).max() > 0.01 if biased else not expected[1][-HEADS:].any()
     groups = HEADS // kv_heads
     ways = {  # one head; two heads, or two rows of one; three rows
         "head": {"step_bytes": 1, "fused": False},
@@ -81,8 +84,27 @@ def test_every_way_gives_the_same(monkeypatch, kv_heads, softcap):
     if BACKEND != "tensorflow":
         ways["fused"] = {"step_bytes": 1, "fused": True}
     for name, way in ways.items():
-        for ours, theirs in zip(result(monkeypatch, kv_heads, softcap, **way), expected, strict=True):
+        for ours, theirs in zip(result(monkeypatch, kv_heads, softcap, biased, **way), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=f"{BACKEND} {name}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_bias_as_features_keeps_its_bits(dtype):
+    """What fused attention adds to the logits, and its gradient, in 16 bits too."""
+    head = np.float32([-4.0123456, 0.7654321])
+    keys = np.array([True, False, True])
+    query, key = (ops.ones((1, count, heads, 2), dtype) for count, heads in ((1, 2), (3, 1)))
+
+    def added(head):
+        parts = KeyBias(head, keys).as_features(query, key, key)
+        assert [x.shape[-1] for x in parts] == 3 * [2 + FEATURES]
+        more = [ops.cast(x[..., 2:], "float32") for x in parts]
+        assert not np.any(ops.convert_to_numpy(more[2]))
+        return ops.einsum("qnf,wf->nw", more[0][0], more[1][0, :, 0])
+
+    np.testing.assert_allclose(ops.convert_to_numpy(added(ops.convert_to_tensor(head))), head[:, None] * keys, 1e-6)
+    gradient = value_and_gradient(lambda x: ops.sum(added(x)), ops.convert_to_tensor(head))[1]
+    np.testing.assert_array_equal(ops.convert_to_numpy(gradient), [2.0, 2.0])
 
 
 def test_steps_fit_the_bytes(monkeypatch):

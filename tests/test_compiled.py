@@ -64,14 +64,16 @@ def test_streaming_step_compiles_as_one_graph():
         np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=BACKEND)
 
 
-def test_layers_as_a_loop_change_nothing():
-    settings = {
-        "initial_fam": "summary",
-        "dropout": 0.2,
-        "memory_update": keras_fam.Normalized(noise=0.1),
-        "blocks_per_step": 1,
-        "remat": True,
-    }
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"initial_fam": "summary", "memory_update": keras_fam.Normalized(noise=0.1), "blocks_per_step": 1},
+        {"fam_query": "anchored", "memory_update": keras_fam.HardGate(noise=0.1), "fam_gate": -1.0},
+    ],
+    ids=["summary", "anchored"],
+)
+def test_layers_as_a_loop_change_nothing(changes):
+    settings = {"dropout": 0.2, "remat": True, **changes}
     expected, outputs = losses(BACKEND == "jax", **settings)
     found, same = losses(BACKEND == "jax", scan_layers=True, **settings)
     np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=BACKEND)

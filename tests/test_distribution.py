@@ -40,8 +40,9 @@ def test_same_numbers_as_one_device():
 def test_layout_map_covers_the_large_weights():
     """Every weight of more than one axis, norms and memory aside, lies along both axes of the mesh."""
     layouts = keras_fam.layout_map(mesh())
-    shapes = weight_shapes({**SETTINGS, "tie_weights": False, "fam_length": 4})
-    small = ("norm", "memory_prompt")
+    memory = {"fam_length": 4, "memory_update": "hard_gate", "fam_gate": -1.0}
+    shapes = weight_shapes({**SETTINGS, "tie_weights": False, **memory})
+    small = ("norm", "memory_prompt", "memory_update", "fam_gate")
     for name, shape in shapes.items():
         layout = layouts[f"lm/backbone/{name}"]
         if any(word in name for word in small):
@@ -54,7 +55,8 @@ def test_layout_map_covers_the_large_weights():
 
 def test_layout_map_matches_the_variables():
     """Each entry for weights names a variable of a model that has them all."""
-    block = {"use_attention_bias": True, "use_feedforward_bias": True, "block_size": 8, "fam_length": 2}
+    block = {"use_attention_bias": True, "use_feedforward_bias": True, "block_size": 8, "fam_length": 2,
+             "memory_update": "hard_gate", "fam_gate": -1.0}  # fmt: skip
     backbone = keras_fam.TransformerFAMBackbone(**SETTINGS, **block, tie_weights=False)
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.build()

@@ -44,6 +44,12 @@ WRONG_SETTINGS = [
     ({"initial_fam": "zeros"}, ["`initial_fam` must be one of 'prompt', 'prefix', 'summary'", "received 'zeros'"]),
     ({"fam_position": "first"}, ["`fam_position` must be one of 'last', 'float'", "received 'first'"]),
     ({"fam_query_position": "next"}, ["`fam_query_position` must be one of 'previous', 'current'", "received 'next'"]),
+    ({"fam_query": "static"}, ["`fam_query` must be one of 'feedback', 'anchored'", "received 'static'"]),
+    (
+        {"fam_query": "anchored", "initial_fam": "prefix"},
+        ["`initial_fam` must be 'prompt' or 'summary'", "received 'prefix'"],
+    ),
+    ({"fam_gate": float("nan")}, ["`fam_gate` must be None, a finite number or float", "received nan"]),
     (
         {"memory_update": "none"},
         ["`memory_update` must be one of 'residual', 'normalized', 'binary'", "received 'none'"],
@@ -94,6 +100,7 @@ def test_settings_of_blocks_and_backbones(settings, words):
         ({"blocks_per_step": 0}, ["`blocks_per_step`", "must be a positive integer", "received 0"]),
         ({"logit_softcap": -3}, ["`logit_softcap` must be a positive number", "received -3"]),
         ({"layer_settings": [{}]}, ["one dict per layer, 2", "received 1"]),
+        ({"layer_settings": [{}, {"fam_query": "anchored"}]}, ["`fam_query` must be the same", "layer_settings[1]"]),
         ({"layer_settings": [{}, {"fam_length": 2}]}, ["`fam_length` must be the same in all", "layer_settings[1]"]),
         ({"random_state_passing": 1.5}, ["probability from 0 to 1", "received 1.5"]),
     ]),
@@ -101,6 +108,20 @@ def test_settings_of_blocks_and_backbones(settings, words):
 def test_settings_of_backbones(settings, words):
     with raises(*words):
         TransformerFAMBackbone(**{**MODEL, **settings})
+
+
+def test_settings_of_averages():
+    for learned, weight, bound in ((False, 1.5, "at most 1"), (True, 1.0, "below 1")):
+        with raises("`weight` is the share of the new", bound, f"received {weight}", 'memory_update="residual"'):
+            keras_fam.Average(weight, learned=learned)
+    with raises("`weight` must be a positive number", "received 0"):
+        keras_fam.Average(0)
+
+
+@pytest.mark.parametrize("name", ["RMTBackbone", "FeedbackMemoryBackbone", "SummaryFAMBackbone"])
+def test_other_systems_have_a_write_of_their_own(name):
+    with raises("`fam_query` must be 'feedback'", "received 'anchored'", "TransformerFAMBackbone"):
+        getattr(keras_fam.baselines, name)(**MODEL, fam_query="anchored")
 
 
 def test_unknown_settings():

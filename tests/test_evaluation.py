@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import TINY_VOCABULARY, close, numpy, quick_compile, tiny
+from support import TINY_VOCABULARY, close, copy_weights, numpy, quick_compile, tiny
 
 import keras_fam
 from keras_fam.evaluation import ABLATIONS, StreamScorer
@@ -90,6 +90,16 @@ def test_ablate_memory(lm):
                     np.testing.assert_array_equal(new, 0 * old if how == "zeroed" else numpy(getattr(start, name)))
     with pytest.raises(ValueError, match="one of the ways"):
         keras_fam.ablate_memory(lm, state, "deleted")
+    with pytest.raises(ValueError, match=r"StreamScorer\(model, ablation=\"closed\"\)"):
+        keras_fam.ablate_memory(lm, state, "closed")
+
+
+def test_a_closed_memory_is_no_memory(lm):
+    """The scores are those of block-wise sliding window attention with the same weights."""
+    bswa = tiny(fam_length=0)
+    copy_weights(lm, bswa)
+    closed = StreamScorer(lm, "closed", boundaries=EDGES, blocks_per_step=2).score(TOKENS)
+    np.testing.assert_array_equal(closed, StreamScorer(bswa, boundaries=EDGES, blocks_per_step=2).score(TOKENS))
 
 
 def test_frozen_is_refused_where_it_would_be_zeroed():

@@ -41,6 +41,9 @@ def make(seed=1, tie_weights=True, backbone_class=keras_fam.TransformerFAMBackbo
     return lm, weights, cfgs
 
 
+FIRST = [{"initial_fam": name} for name in ("prompt", "summary", "prefix")]
+
+
 @pytest.mark.parametrize("tie_weights", [True, False])
 @pytest.mark.parametrize("initial_fam", ["prompt", "summary", "prefix"])
 def test_oracle(initial_fam, tie_weights):
@@ -52,15 +55,18 @@ def test_oracle(initial_fam, tie_weights):
         close(layer.fam, fam, ORACLE["float32"])
 
 
-@pytest.mark.parametrize("initial_fam", ["prompt", "summary", "prefix"])
-def test_padding_and_steps_of_blocks(initial_fam):
+ANCHORED = {"fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": -1.0}
+
+
+@pytest.mark.parametrize("changes", [*FIRST, {**ANCHORED, "attention_sinks": 2}, {**ANCHORED, **FIRST[1]}])
+def test_padding_and_steps_of_blocks(changes):
     mask = np.ones(TOKENS.shape, bool)
     mask[0, 15:] = False
     mask[1, :3] = False
-    lm, weights, cfgs = make(initial_fam=initial_fam)
+    lm, weights, cfgs = make(**changes)
     expected, _, _ = reference.model(TOKENS, weights, cfgs, padding_mask=mask)
     close(lm({"token_ids": TOKENS, "padding_mask": mask}), expected, ORACLE["float32"])
-    lm, _, _ = make(initial_fam=initial_fam, blocks_per_step=2)
+    lm, _, _ = make(**changes, blocks_per_step=2)
     close(lm(TOKENS, padding_mask=mask), expected, ORACLE["float32"])
 
 
@@ -98,9 +104,10 @@ def test_remat_changes_no_gradient():
     [
         {},
         {"dropout": 0.1, "memory_update": keras_fam.Normalized(noise=0.1), "blocks_per_step": 1, "remat": True},
-        {"random_state_passing": 0.8, "fam_position": "float"},
+        {"random_state_passing": 0.8, "fam_position": "float", "fam_query": "anchored", "fam_gate": -1.0,
+         "memory_update": keras_fam.Average(0.3, learned=True)},
     ],
-)
+)  # fmt: skip
 def test_fit_save_load(changes, tmp_path):
     keras.utils.set_random_seed(0)
     lm = keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(**SETTINGS, **changes))
@@ -155,7 +162,8 @@ def test_positions_are_relative(fam_position):
         {},
         {"norm": "layer_norm", "use_attention_bias": True, "use_output_bias": True, "use_feedforward_bias": True},
         {"use_post_norm": True, "query_key_norm": "rms_norm", "gated": False, "num_key_value_heads": 1},
-        {"initial_fam": "prefix", "tie_weights": False},
+        {"initial_fam": "prefix", "tie_weights": False, "memory_update": keras_fam.Average(learned=True)},
+        {"fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": -1.0},
         {"fam_length": 0},
     ],
 )

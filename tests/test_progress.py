@@ -74,7 +74,12 @@ def continued(seen, expected, first):
 def test_a_stream_resumes_at_any_batch(tmp_path):
     """Weights and their averages, optimizer, carried state, seeds of dropout and noise, running metrics, the place in
     the documents, and the stage of a curriculum."""
-    settings = {"dropout": 0.2, "memory_update": keras_fam.Residual(noise=0.1)}
+    settings = {
+        "dropout": 0.2,
+        "memory_update": keras_fam.HardGate(noise=0.1),
+        "fam_query": "anchored",
+        "fam_gate": 0.0,
+    }
     path = tmp_path / "new" / "progress.safetensors"
 
     def run(path, seed, stop=None):

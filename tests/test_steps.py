@@ -51,7 +51,7 @@ SUMMARY = {"memory_segments": 0, "initial_fam": "summary"}
     [
         (2, True, {}),
         (1, True, SUMMARY),
-        (8, "layers", {"num_layers": 2, **SUMMARY}),
+        (8, "layers", {"num_layers": 2, **SUMMARY, "fam_query": "anchored", "memory_update": "hard_gate"}),
         (2, "layers", {"num_layers": 2, "scan_layers": True, "dropout": 0.1}),
     ],
 )

@@ -144,14 +144,18 @@ def test_only_updates_and_the_memory_prompt_are_trained(train_memory):
 
 
 def test_updates_go_to_a_file_and_come_back(tmp_path):
-    lm, path = model(), tmp_path / "some.lora.h5"
+    settings = {"memory_update": "hard_gate", "fam_gate": -1.0, "fam_query": "anchored"}
+    lm, path = model(**settings), tmp_path / "some.lora.h5"
     lm.enable_lora(2, alpha=3)
     shake(lm)
-    lm.backbone.memory_prompt.assign(lm.backbone.memory_prompt + 0.1)
+    memory = [v for v in lm.trainable_weights if "lora" not in v.name]
+    assert [v.name for v in memory] == ["memory_prompt", *2 * ["fam_gate", "kernel", "bias"]]
+    for v in memory:
+        v.assign(v + 0.1)
     expected = logits(lm)
     lm.save_lora_weights(path)
     assert os.listdir(tmp_path) == ["some.lora.h5"]
-    fresh = model()
+    fresh = model(**settings)
     fresh.load_lora_weights(path)
     close(logits(fresh), expected, 1e-6)
     shake(fresh, seed=9)
@@ -184,7 +188,7 @@ def test_lora_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="belongs to another model: its factors of block_0/down"):
         model(intermediate_dim=20).load_lora_weights(path)
     short = model(fam_length=2)
-    with pytest.raises(ValueError, match="first memories of shapes"):
+    with pytest.raises(ValueError, match="memory weights of shapes"):
         short.load_lora_weights(path)
     assert short.lora_layers() == {}
     path.write_bytes(b"nothing of the kind")
@@ -258,11 +262,11 @@ def test_scores_are_those_of_the_source():
         lm.score(x, scoring_mode="loss")
 
 
-def with_text():
+def with_text(**settings):
     keras_hub = pytest.importorskip("keras_hub")
     words = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "Ġ": 4, "Ġa": 5}
     tokenizer = keras_hub.models.QwenTokenizer(vocabulary=words, merges=["a b", "Ġ a"])
-    lm = model()
+    lm = model(**settings)
     lm.preprocessor = keras_hub.models.QwenCausalLMPreprocessor(tokenizer, sequence_length=8)
     return lm
 
@@ -300,7 +304,9 @@ np.save(sys.argv[2], keras.ops.convert_to_numpy(read(np.load(sys.argv[3]))))
 
 
 def test_a_folder_holds_the_model_and_its_words(tmp_path):
-    lm = with_text()
+    layers = [{"fam_gate": -1.0}, {"fam_gate": float("-inf")}]
+    update = keras_fam.Average(0.2, learned=True)
+    lm = with_text(memory_update=update, fam_query="anchored", layer_settings=layers)
     lm.enable_lora(2)
     shake(lm)
     expected = logits(lm)

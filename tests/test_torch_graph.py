@@ -41,7 +41,12 @@ def recorded(monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"initial_fam": "summary"}, {"num_visible_memories": 2}, {"dtype": "mixed_bfloat16"}],
+    [
+        {},
+        {"initial_fam": "summary"},
+        {"num_visible_memories": 2, "fam_query": "anchored"},
+        {"dtype": "mixed_bfloat16", "fam_gate": 0.0},
+    ],
     ids=str,
 )
 def test_token_by_token_past_several_blocks(settings, recorded):

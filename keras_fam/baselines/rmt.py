@@ -116,23 +116,24 @@ class RMTBackbone(TransformerFAMBackbone):
         x, layers, written = self.run_layers(x, state, chunk, seed=seed, training=training, rows_below=memory)
         if not chunk.keep_state:
             return x, None
-        layers = self._feed_to_bottom(layers, written, chunk.completed, seed)
+        layers = self._feed_to_bottom(layers, written, chunk.completed, state.position.fresh, seed)
         return x, shard_state(StreamState(advance_position(state.position, chunk, 1), tuple(layers)))
 
-    def _feed_to_bottom(self, layers, written, completed, seed):
+    def _feed_to_bottom(self, layers, written, completed, fresh, seed):
         """The layers' states with the read rows of a new memory, in the rows whose block was filled.
 
         Args:
             layers: a list of `LayerState` after the tokens.
             written: `[B, F, D]`, what the top layer wrote.
             completed: int32 `[B]` (or `[1]`), 0 or 1.
+            fresh: bool `[B]` (or `[1]`), rows that have written no memory before.
             seed: None, or an integer tensor `[2]` for noise.
         """
         held = [(layer.fam, layer.fam_key, layer.fam_value) for layer in layers]
 
         def read_rows():
             update = self.blocks[0].attention.memory_update
-            rows, new = update.call(written, layers[0].fam, seed=fold_in(seed, TOP_SEED)), []
+            rows, new = update.call(written, layers[0].fam, seed=fold_in(seed, TOP_SEED), fresh=fresh), []
             for block in self.blocks:
                 new.append((rows, *block.attention.memory_key_value(block.pre_norm(rows))))
                 rows = block.forward_rows(rows)

@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 ABLATIONS = ("zeroed", "frozen", "shuffled")
+CLOSED = "closed"  # an ablation of the reading, not of the state
 MEMORY_FIELDS = ("fam", "fam_key", "fam_value")
 
 
@@ -24,6 +25,12 @@ def ablate_memory(model, state, how: str, seed=0):
     Raises:
         ValueError: for another `how`, for a way that the model does not have, or if there is one row to shuffle.
     """
+    if how == CLOSED:
+        raise ValueError(
+            "A closed memory is not read, whatever the state holds: no state can say that. Score with "
+            'StreamScorer(model, ablation="closed") or evaluate(..., ablations=["closed"]), or make the model with '
+            f'fam_gate=float("-inf"); received how={how!r}, which is none of {ABLATIONS}.'
+        )
     check_how(model, how)
     rows = int(state.position.offset.shape[0])
     order = derangement(rows, np.random.default_rng(seed)) if how == "shuffled" else None
@@ -55,8 +62,8 @@ def ways(model):
 
 
 def check_how(model, how):
-    if how not in ABLATIONS:
-        raise ValueError(f"A memory is ablated in one of the ways {ABLATIONS}; received {how!r}.")
+    if how not in (*ABLATIONS, CLOSED):
+        raise ValueError(f"A memory is ablated in one of the ways {(*ABLATIONS, CLOSED)}; received {how!r}.")
     if how == "frozen" and model.fam_length and how not in ways(model):
         raise ValueError(
             "A memory is frozen at F_0, and with initial_fam='summary' there is none before a text: it would be the "

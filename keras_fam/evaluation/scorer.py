@@ -4,7 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.evaluation.ablation import ablate_state, check_how, derangement
+from keras_fam.evaluation.ablation import CLOSED, ablate_state, check_how, derangement
+from keras_fam.layers.chunk_attention import closed_memory
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.scan import scan
 from keras_fam.ops.token_ids import check_ids_of
@@ -25,7 +26,8 @@ class StreamScorer:
         model: a `TransformerFAMCausalLM`, or any model with its `advance` and `get_initial_state`, whose outputs are
             logits.
         ablation: None, or how the memory is ablated after every block; see `ablate_memory`. Each block draws a new
-            permutation for `"shuffled"`.
+            permutation for `"shuffled"`. `"closed"`: tokens read no memory, as with `fam_gate=float("-inf")`. (A memory
+            of zeros is still read, and lets attention go nowhere, which may be of use in itself.)
         boundaries: None, or the increasing distances at which a new bucket starts, 0 first; the default is 0, S, 2·S,
             4·S, … for blocks of S tokens.
         blocks_per_step: how many blocks one call of the compiled program reads; no result changes.
@@ -79,6 +81,10 @@ class StreamScorer:
         return total
 
     def _step(self, state, tokens, targets, weights, bucket, order):
+        if self.ablation == CLOSED:
+            with closed_memory():
+                logits, state = self.model.advance(tokens, state, aligned=True)
+            return self._count(logits, targets, weights, bucket), state
         if self.ablation is None:
             logits, state = self.model.advance(tokens, state, aligned=True)
             return self._count(logits, targets, weights, bucket), state

@@ -10,6 +10,8 @@ Axes: B rows, T tokens, S block, n blocks in the chunk, m segments, F memory row
 K key/value heads, H head width, D model width.
 """
 
+import contextlib
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,19 @@ from keras_fam.ops.key_bias import KeyBias
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import branch
 from keras_fam.state import where_rows
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def closed_memory():
+    """In this thread, inside, tokens read no memory, as with `fam_gate=float("-inf")`. It is still written."""
+    before = getattr(_local, "closed", False)
+    _local.closed = True
+    try:
+        yield
+    finally:
+        _local.closed = before
 
 
 def forward_chunk(layer, x, state, position, chunk, *, seed=None, rows_below=None):
@@ -123,7 +138,7 @@ def rows_to_read(attention, state, memory, position, chunk):
         chunk: `Chunk`.
     """
     parts, n, bias = [], chunk.num_blocks, None
-    if attention.memory_is_closed:
+    if attention.memory_is_closed or getattr(_local, "closed", False):
         memory = None
     if attention.attention_sinks:
         sinks = attention.sinks(state)
