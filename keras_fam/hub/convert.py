@@ -68,7 +68,8 @@ def convert(
 
     Layers, weights and settings are the source's: with `fam_length=0` (as far as the window reaches) and with
     `initial_fam="summary"` (to the end of the first block), the logits are too. The first memory is the only new
-    weight. It is untrained, and harms what a model predicts after the first block until it is trained (`enable_lora`).
+    weight, but for those of `fam_gate` and `memory_update`, if asked for. It is untrained, and harms what a model
+    predicts after the first block until it is trained (`enable_lora`).
 
     Sliding windows of the source are kept, layer by layer, inside the window of the blocks: a token attends to the
     keys that both windows contain. The window of the blocks has m·S+1 to (m+1)·S keys, depending on the token's place
@@ -95,9 +96,9 @@ def convert(
             distribution with the mean and standard deviation of the source's token embeddings, feature by feature.
         dtype: dtype or policy; None means the source's.
         name: name of the new model.
-        **options: settings that the source does not decide: `initial_fam`, `fam_position`, `memory_update`,
-            `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings of
-            `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where no window
+        **options: settings that the source does not decide: `initial_fam`, `fam_query`, `fam_gate`, `fam_position`,
+            `memory_update`, `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings
+            of `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where no window
             of the source narrows that of the blocks.
 
     Returns:

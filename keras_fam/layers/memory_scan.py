@@ -194,7 +194,8 @@ def _update_once(layer, position, first, inputs, chunk, sinks, rows_below):
         reads = tuple(ops.expand_dims(part, 1) for part in first[1:])
     else:
         reads = tuple(ops.stack(pair, axis=1) for pair in zip(first[1:], (key, value), strict=True))
-    return reads, (fam, key, value), ops.expand_dims(written[0], 1) if anchored else fam
+    summary = fam if layer.initial_fam == "summary" else None
+    return reads, (fam, key, value), ops.expand_dims(written[0], 1) if anchored else summary
 
 
 def _update_in_turn(layer, position, first, inputs, chunk, sinks):
