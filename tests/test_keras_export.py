@@ -20,7 +20,10 @@ SUFFIXES = {"tf_saved_model": "", "litert": ".tflite", "onnx": ".onnx", "torch":
 SYSTEMS = {
     "window": (keras_fam.TransformerFAMBackbone, {"memory_segments": 2, "attention_window": 5}),
     "summary": (keras_fam.TransformerFAMBackbone, {"initial_fam": "summary", "num_visible_memories": 2}),
-    "scan_layers": (keras_fam.TransformerFAMBackbone, {"scan_layers": True, "num_layers": 2}),
+    "scan_layers": (
+        keras_fam.TransformerFAMBackbone,
+        {"scan_layers": True, "num_layers": 2, "fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": 0.0},
+    ),
     "steps": (keras_fam.TransformerFAMBackbone, {"blocks_per_step": 1}),
     "rmt": (baselines.RMTBackbone, {}),
     "fm": (baselines.FeedbackMemoryBackbone, {"fam_length": 0}),
