@@ -159,7 +159,8 @@ def test_the_first_memory_is_drawn_like_token_embeddings():
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen 2, 2.5", "Qwen 3", "Phi 3"])
 def test_shared_weights_are_the_same_variables(family):
     model, expected = source(family, 0)
-    lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", weights="share")
+    more = {"fam_query": "anchored", "memory_update": keras_fam.HardGate(noise=0.1), "fam_gate": -4.0}
+    lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", weights="share", **more)
     memory = {id(v) for v in hub.memory_weights(lm.backbone)}
     assert {id(v) for v in lm.weights} - memory == {id(v) for v in model.weights}
     assert {id(v) for v in lm.trainable_weights} - memory == {id(v) for v in model.trainable_weights}
