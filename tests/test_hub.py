@@ -159,7 +159,7 @@ def test_the_first_memory_is_drawn_like_token_embeddings():
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen 2, 2.5", "Qwen 3", "Phi 3"])
 def test_shared_weights_are_the_same_variables(family):
     model, expected = source(family, 0)
-    more = {"fam_query": "anchored", "memory_update": keras_fam.HardGate(noise=0.1), "fam_gate": -4.0}
+    more = {"fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": -4.0}
     lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", weights="share", **more)
     memory = {id(v) for v in hub.memory_weights(lm.backbone)}
     assert {id(v) for v in lm.weights} - memory == {id(v) for v in model.weights}
@@ -172,7 +172,7 @@ def test_shared_weights_are_the_same_variables(family):
 def test_training_a_sharing_model_trains_the_source():
     model, _ = hub_families.source("Llama", 0, hidden_dim=16, num_layers=1)
     before = [numpy(v).copy() for v in model.weights]
-    lm = hub.convert(model, **WINDOW, fam_length=2, weights="share")
+    lm = hub.convert(model, **WINDOW, fam_length=2, weights="share", memory_update=keras_fam.Normalized(noise=0.1))
     lm.compile(optimizer=keras.optimizers.SGD(0.1))
     x = hub_families.tokens()
     lm.fit(x, np.roll(x, -1, 1), verbose=0)
