@@ -136,6 +136,27 @@ MUTANTS = (
         "test_oracle test_attention",
     ),
     Mutant(
+        "a layer hands on its memory in place of what it made of anchored rows",
+        "layers/memory_scan.py",
+        "above = (written,) if anchored",
+        "above = (new.fam,) if anchored",
+        "test_model",
+    ),
+    Mutant(
+        "the gate on reading weighs sinks, too",
+        "layers/chunk_attention.py",
+        "keys = np.arange(attention.attention_sinks + len(age)) >= attention.attention_sinks",
+        "keys = np.arange(attention.attention_sinks + len(age)) >= 0",
+        "test_oracle",
+    ),
+    Mutant(
+        "what the first block writes is averaged with the first memory",
+        "layers/memory_update.py",
+        "if self.takes_first_write and fresh is not None:",
+        "if False:",
+        "test_oracle",
+    ),
+    Mutant(
         "noise on the memory outside of training",
         "layers/memory_update.py",
         "if not self.noise or seed is None:",
