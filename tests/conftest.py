@@ -30,6 +30,12 @@ def free_memory():
         import jax
 
         jax.clear_caches()
+    elif keras.backend.backend() == "tensorflow":
+        from tensorflow.python.framework import ops as tf_ops
+
+        registry = tf_ops.gradient_registry._registry  # keeps every graph that has a custom gradient
+        for name in [name for name in registry if name.startswith("CustomGradient-")]:
+            registry.pop(name)
     gc.collect()
     gc.freeze()
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed
