@@ -1,7 +1,10 @@
+import contextlib
+import ctypes
 import gc
 import os
 
 import keras
+import pytest
 
 gc.set_threshold(100_000)  # compilers make millions of short-lived objects; looking through them takes up to a tenth
 
@@ -13,6 +16,24 @@ if "PYTEST_XDIST_WORKER" in os.environ and keras.backend.backend() != "jax" and 
 # With one core TensorFlow has one thread for calls, and a call that takes long blocks all others.
 if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """Compiled programs go with their module, and what stays is left out of later collections.
+
+    Keras collects garbage at every variable that `quantize` removes: among everything that three frameworks import,
+    that takes most of a second each time.
+    """
+    yield
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def pytest_report_header():

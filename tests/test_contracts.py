@@ -11,12 +11,12 @@ from keras_fam import FeedbackAttention, TransformerFAMBackbone, TransformerFAMB
 from keras_fam.ops import masks
 
 CONTRACTS = {"chunks", "state_size", "future", "rows", "padding", "padding_removed", "lengths", "reset", "gradients"}
-JAX = keras.backend.backend() == "jax"
+TORCH = keras.backend.backend() == "torch"
 
 
 def small(variant):
-    """Settings and tokens. JAX compiles each operation for each new shape: there, blocks are of 2 and sizes repeat."""
-    if not JAX:
+    """Settings and tokens. JAX compiles each operation for each new shape: blocks are of 2 and sizes repeat."""
+    if TORCH:
         return {}, None
     settings = {**SMALL, **VARIANTS[variant]}
     most = {"block_size": 2, "fam_length": 2, "num_visible_memories": 2, "memory_segments": 2, "num_key_value_heads": 2}

@@ -166,16 +166,17 @@ def test_the_first_memory_is_drawn_from_ordinary_tokens():
 
 def test_what_is_known_to_do_no_harm_is_the_default_and_the_paper_is_one_argument_away():
     model, _ = source("Llama", 0)
-    names = ("fam_query", "memory_update", "fam_gate", "initial_fam", "attention_sinks")
+    names = ("fam_query", "memory_update", "fam_gate", "initial_fam", "fam_query_position", "attention_sinks")
 
     def made(**options):
         config = hub.convert(model, **{**WINDOW, "fam_length": 2, **options}).backbone.get_config()
         return tuple(config[name] for name in names)
 
     sinks = min(4, WINDOW["block_size"])
-    assert made() == ("anchored", "hard_gate", -4.0, "summary", sinks)
-    assert made(fam_query="feedback") == ("feedback", "residual", None, "prompt", sinks)
-    given = {"memory_update": "average", "fam_gate": None, "initial_fam": "prompt", "attention_sinks": 0}
+    assert made() == ("anchored", "hard_gate", -4.0, "summary", "current", sinks)
+    assert made(fam_query="feedback") == ("feedback", "residual", None, "prompt", "previous", sinks)
+    given = {"memory_update": "average", "fam_gate": None, "initial_fam": "prompt", "fam_query_position": "previous"}
+    given["attention_sinks"] = 0
     assert made(**given) == ("anchored", *given.values())
     with pytest.raises(ValueError, match="`fam_query` must be one of"):
         made(fam_query="static")
@@ -187,7 +188,8 @@ def test_what_is_known_to_do_no_harm_is_the_default_and_the_paper_is_one_argumen
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen 2, 2.5", "Qwen 3", "Phi 3"])
 def test_shared_weights_are_the_same_variables(family):
     model, expected = source(family, 0)
-    lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", weights="share")
+    more = {"fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": -4.0}
+    lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", weights="share", **more)
     memory = {id(v) for v in hub.memory_weights(lm.backbone)}
     assert {id(v) for v in lm.weights} - memory == {id(v) for v in model.weights}
     assert {id(v) for v in lm.trainable_weights} - memory == {id(v) for v in model.trainable_weights}
@@ -199,7 +201,7 @@ def test_shared_weights_are_the_same_variables(family):
 def test_training_a_sharing_model_trains_the_source():
     model, _ = hub_families.source("Llama", 0, hidden_dim=16, num_layers=1)
     before = [numpy(v).copy() for v in model.weights]
-    lm = hub.convert(model, **WINDOW, fam_length=2, weights="share")
+    lm = hub.convert(model, **WINDOW, fam_length=2, weights="share", memory_update=keras_fam.Normalized(noise=0.1))
     lm.compile(optimizer=keras.optimizers.SGD(0.1))
     x = hub_families.tokens()
     lm.fit(x, np.roll(x, -1, 1), verbose=0)

@@ -20,8 +20,9 @@ def evaluate(models, texts, *, ablations=ABLATIONS, boundaries=None, bytes_per_t
             `stop_memory_gradient=True`; what is left out is listed under `"missing"`.
         texts: int `[B, T]`; a list of chunks; or a function without arguments that returns an iterable of chunks, since
             every model reads them from the start. See `StreamScorer.score`.
-        ablations: the ways in which the memory of models that have one is ablated, see `ablate_memory`. A way that a
-            model does not have (`"frozen"` with `initial_fam="summary"`) is listed under `"missing"`.
+        ablations: the ways in which the memory of models that have one is ablated, see `ablate_memory`; `"closed"` too,
+            see `StreamScorer`. A way that a model does not have (`"frozen"` with `initial_fam="summary"`) is listed
+            under `"missing"`.
         boundaries: see `StreamScorer`.
         bytes_per_token: None, or int `[V]`, how many bytes of text each token stands for: adds bits per byte.
         blocks_per_step: see `StreamScorer`.

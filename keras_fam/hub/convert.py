@@ -28,8 +28,18 @@ OF_BACKBONE = ("vocabulary_size", "num_layers", "hidden_dim", "tie_weights", "lo
 SINKS = 4  # as in StreamingLLM, arXiv 2309.17453; more help little
 # What an untrained memory does least harm with, and the paper's form.
 MEMORY = {
-    "anchored": {"memory_update": "hard_gate", "fam_gate": -4.0, "initial_fam": "summary"},
-    "feedback": {"memory_update": "residual", "fam_gate": None, "initial_fam": "prompt"},
+    "anchored": {
+        "memory_update": "hard_gate",
+        "fam_gate": -4.0,
+        "initial_fam": "summary",
+        "fam_query_position": "current",  # at the end of the block, which rows then read as its next tokens would
+    },
+    "feedback": {
+        "memory_update": "residual",
+        "fam_gate": None,
+        "initial_fam": "prompt",
+        "fam_query_position": "previous",
+    },
 }
 
 
@@ -44,6 +54,7 @@ def convert(
     memory_update=None,
     fam_gate: float | str | None = "auto",
     initial_fam: str | None = None,
+    fam_query_position: str | None = None,
     weights: str = "copy",
     seed=None,
     dtype=None,
@@ -81,7 +92,7 @@ def convert(
 
     The memory is the only thing that is new, and untrained. By default it is made so that it does next to no harm
     before training: the keys of the first four tokens are kept (`attention_sinks`); each layer's rows come from the
-    layer below in the same block, and start as token embeddings, so that layers meet what they know
+    layer below in the same block, stand at its end and start as token embeddings, so that layers meet what they know
     (`fam_query="anchored"`); each row is kept or rewritten (`memory_update="hard_gate"`), so that nothing accumulates;
     and tokens hardly read the memory at first (`fam_gate=-4.0`). `fam_query="feedback"` is the paper's form, which
     makes a pre-trained model much worse until it is trained.
@@ -109,6 +120,7 @@ def convert(
         fam_gate: where the learned bias on reading the memory starts: `"auto"` means -4.0 with anchored writes and
             None, no bias, in the paper's form.
         initial_fam: None means `"summary"` with anchored writes and `"prompt"` in the paper's form.
+        fam_query_position: None means `"current"` with anchored writes and `"previous"` in the paper's form.
         weights: `"copy"`, or `"share"`: both models hold the same variables. Sharing needs equal layouts (Llama,
             Mistral, Qwen, Phi 3; Gemma's differ and can only be copied). Training either model then trains both, a
             variable frozen in one is frozen in both, and LoRA updates belong to the model that has them. While this
@@ -142,7 +154,8 @@ def convert(
         raise ValueError(f"{type(source).__name__} has weights outside its backbone, which cannot be converted.")
     window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
     window["attention_sinks"] = min(SINKS, block_size) if attention_sinks is None else attention_sinks
-    memory = _memory_settings(fam_query, memory_update, fam_gate, initial_fam)
+    given = {"memory_update": memory_update, "initial_fam": initial_fam, "fam_query_position": fam_query_position}
+    memory = _memory_settings(fam_query, fam_gate, given)
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
     windows = sorted({layer["attention_window"] for layer in layers} - {None})
     if "attention_window" in options and windows:
@@ -243,16 +256,13 @@ def _check_options(options):
         raise ValueError(f"TransformerFAMBackbone knows no setting {unknown}.")
 
 
-def _memory_settings(fam_query, memory_update, fam_gate, initial_fam):
+def _memory_settings(fam_query, fam_gate, given):
     """Settings of a backbone: those given, and for the rest what goes with the write."""
     require_one_of("fam_query", fam_query, tuple(MEMORY))
-    defaults = MEMORY[fam_query]
-    return {
-        "fam_query": fam_query,
-        "memory_update": defaults["memory_update"] if memory_update is None else memory_update,
-        "fam_gate": defaults["fam_gate"] if fam_gate == "auto" else fam_gate,
-        "initial_fam": defaults["initial_fam"] if initial_fam is None else initial_fam,
-    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if fam_gate != "auto":
+        given["fam_gate"] = fam_gate
+    return {"fam_query": fam_query, **MEMORY[fam_query], **given}
 
 
 def _merge(layers):

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_fam.hub.source import walk
+from keras_fam.models.lora import learned_memory_weights
 from keras_fam.ops.backend import refresh_torch_parameters
 
 
@@ -40,11 +41,10 @@ def variable(layer, name):
 
 
 def memory_weights(backbone):
-    """The weights without a counterpart in the source: those of the memory, and of Random State Passing."""
-    found = [backbone.memory_prompt]
-    for attention in (block.attention for block in backbone.blocks):
-        found += [attention.initial_fam_rows, attention.gate_bias, *attention.memory_update.weights]
-    passing = backbone.random_state_passing
+    """The weights without a counterpart in the source: what a memory learns, the scale of its noise, and the memory of
+    Random State Passing."""
+    found, passing = learned_memory_weights(backbone), backbone.random_state_passing
+    found += [block.attention.memory_update.noise_scale for block in backbone.blocks]
     return [v for v in found if v is not None] + ([] if passing is None else list(passing.weights))
 
 

@@ -61,7 +61,7 @@ class LoRAMixin:
                 f"LoRA works on kernels that are not quantized, or in int8 or int4; received {sorted(modes)}. Enable "
                 "LoRA on the model as it was before `quantize`."
             )
-        memory = {id(v) for v in _memory_weights(backbone)} if train_memory else set()
+        memory = {id(v) for v in learned_memory_weights(backbone)} if train_memory else set()
         frozen = [v for v in backbone.trainable_variables if id(v) not in memory]
         for v in frozen:
             v.trainable = False
@@ -118,7 +118,7 @@ class LoRAMixin:
             for name, layer in layers.items():
                 file[f"lora/{name}/a"] = ops.convert_to_numpy(layer.lora_kernel_a)
                 file[f"lora/{name}/b"] = ops.convert_to_numpy(layer.lora_kernel_b)
-            for i, v in enumerate(_memory_weights(backbone)):
+            for i, v in enumerate(learned_memory_weights(backbone)):
                 file[f"memory/{i}"] = np.asarray(ops.convert_to_numpy(ops.cast(v.value, "float32")))
         with replace_file(path) as file:
             file.write(content.getbuffer())
@@ -144,7 +144,7 @@ class LoRAMixin:
         for name, both in factors.items():
             layers[name].lora_kernel_a.assign(both["a"])
             layers[name].lora_kernel_b.assign(both["b"])
-        for v, value in zip(_memory_weights(backbone), memory, strict=True):
+        for v, value in zip(learned_memory_weights(backbone), memory, strict=True):
             v.assign(ops.cast(value, v.dtype))
 
     def _with_lora(self):
@@ -172,7 +172,7 @@ def _candidates(backbone):
     return found
 
 
-def _memory_weights(backbone):
+def learned_memory_weights(backbone):
     """The weights that only a memory needs: the prompt or each layer's rows, then gates and those of memory updates."""
     layers = [block.attention for block in backbone.blocks]
     found = [backbone.memory_prompt, *(layer.initial_fam_rows for layer in layers)]
@@ -254,6 +254,6 @@ def _check_file(backbone, path, rank, alpha, factors, memory):
                 f"{path} has rank {rank} and alpha {alpha}; LoRA is enabled with rank {layer.lora_rank} and alpha "
                 f"{layer.lora_alpha} in {name}. Load it into a model without LoRA."
             )
-    here = [tuple(v.shape) for v in _memory_weights(backbone)]
+    here = [tuple(v.shape) for v in learned_memory_weights(backbone)]
     if here != [m.shape for m in memory]:
         raise ValueError(f"{path} has memory weights of shapes {[m.shape for m in memory]}; this model has {here}.")
