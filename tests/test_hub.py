@@ -54,7 +54,12 @@ def test_a_converted_model_is_its_source(family, seed):
     summary = hub.convert(model, **WINDOW, fam_length=3, initial_fam="summary")
     equal(hub_families.logits(summary, hub_families.tokens()), expected)
     memory = hub.memory_weights(summary.backbone)
-    assert [v.path for v in memory] == [summary.backbone.memory_prompt.path]
+    assert memory[0] is summary.backbone.memory_prompt
+    assert {v.path.rpartition("attention/")[2] for v in memory[1:]} == {
+        "fam_gate",
+        "memory_update/kernel",
+        "memory_update/bias",
+    }
     assert {v.path for v in summary.weights} - {v.path for v in memory} == {
         v.path.replace(plain.backbone.name, summary.backbone.name) for v in plain.weights
     }
@@ -138,19 +143,43 @@ def test_local_and_global_layers_keep_their_own_window_and_rotation():
     assert {b.attention.attention_window for b in wide.blocks} == {None}, "a window that never narrows is left out"
 
 
-def test_the_first_memory_is_drawn_like_token_embeddings():
+def test_the_first_memory_is_drawn_from_ordinary_tokens():
     model, _ = source("Gemma 1", 0)
-    table = numpy(model.backbone.token_embedding.embeddings) * model.backbone.hidden_dim**0.5
-    first = hub.convert(model, block_size=512, memory_segments=0, fam_length=512, seed=3).backbone
-    rows = numpy(first.memory_prompt)
-    assert np.abs(rows.mean(0) - table.mean(0)).max() < 0.25 * table.std()
-    assert np.abs(rows.std(0) / table.std(0) - 1).max() < 0.2
-    again = hub.convert(model.backbone, block_size=512, memory_segments=0, fam_length=512, seed=3)
-    assert np.array_equal(numpy(again.memory_prompt), rows)
-    prefix = hub.convert(model, **WINDOW, fam_length=2, initial_fam="prefix", seed=3).backbone
-    prompt = hub.convert(model, **WINDOW, fam_length=2, initial_fam="prompt", seed=3).backbone
+    table = numpy(model.backbone.token_embedding.embeddings)
+    table[:3] *= 100  # special tokens, say
+    model.backbone.token_embedding.embeddings.assign(table)
+    first = hub.convert(model, block_size=16, memory_segments=0, fam_length=9, seed=3).backbone
+    rows = numpy(first.memory_prompt) / model.backbone.hidden_dim**0.5
+    distance = np.abs(rows[:, None] - table).max(-1)
+    tokens = distance.argmin(1)
+    assert distance.min(1).max() < 1e-5 and len(set(tokens.tolist())) == 9, "each row is another token"
+    size = np.square(table).mean(-1)
+    assert np.isin(tokens, np.argsort(size)[len(size) // 4 - 1 : -(len(size) // 4) + 1]).all()
+    again = hub.convert(model.backbone, block_size=16, memory_segments=0, fam_length=9, seed=3)
+    assert np.array_equal(numpy(again.memory_prompt), numpy(first.memory_prompt))
+    paper = {**WINDOW, "fam_length": 2, "fam_query": "feedback", "seed": 3}
+    prefix = hub.convert(model, **paper, initial_fam="prefix").backbone
+    prompt = hub.convert(model, **paper).backbone
     for one, other in zip(prefix.first_memories(), prompt.first_memories(), strict=True):
         assert np.abs(numpy(one) - numpy(other)).max() < 1e-5, "a prefix starts as the prompt's memories"
+
+
+def test_what_is_known_to_do_no_harm_is_the_default_and_the_paper_is_one_argument_away():
+    model, _ = source("Llama", 0)
+    names = ("fam_query", "memory_update", "fam_gate", "initial_fam", "fam_query_position", "attention_sinks")
+
+    def made(**options):
+        config = hub.convert(model, **{**WINDOW, "fam_length": 2, **options}).backbone.get_config()
+        return tuple(config[name] for name in names)
+
+    sinks = min(4, WINDOW["block_size"])
+    assert made() == ("anchored", "hard_gate", -4.0, "summary", "current", sinks)
+    assert made(fam_query="feedback") == ("feedback", "residual", None, "prompt", "previous", sinks)
+    given = {"memory_update": "average", "fam_gate": None, "initial_fam": "prompt", "fam_query_position": "previous"}
+    given["attention_sinks"] = 0
+    assert made(**given) == ("anchored", *given.values())
+    with pytest.raises(ValueError, match="`fam_query` must be one of"):
+        made(fam_query="static")
 
 
 # Sharing -------------------------------------------------------------------------------------------------------------

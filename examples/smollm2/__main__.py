@@ -2,6 +2,7 @@
 
     python -m examples.smollm2 answer "What is the capital of France?"
     python -m examples.smollm2 compare --parts greedy perplexity speed
+    python -m examples.smollm2 untrained --tokens 100000
     python -m examples.smollm2 train --run-name fam
     python -m examples.smollm2 train --run-name bswa --fam 0
     python -m examples.smollm2 evaluate
@@ -15,6 +16,7 @@ import argparse
 import pathlib
 
 OUT = pathlib.Path("out/smollm2")
+UNTRAINED = ("BSWA", "BSWA, 1 sink", "BSWA, 4 sinks", "FAM", "FAM, the paper's form", "cosines")
 
 
 def parser():
@@ -67,6 +69,11 @@ def parser():
     evaluate.add_argument("--trained-only", action="store_true")
     evaluate.add_argument("--again", action="store_true", help="measure again what the report already has")
 
+    untrained = command("untrained", "what conversion alone does, over a text of up to two million tokens")
+    untrained.add_argument("--systems", nargs="+", metavar="SYSTEM", default=UNTRAINED, help="see untrained.py")
+    untrained.add_argument("--tokens", type=int, default=100_000, help="0: the whole text")
+    untrained.set_defaults(fam=16)
+
     stream = command("stream", "reads a whole novel")
     stream.add_argument("--book", default="persuasion")
     stream.add_argument("--tokens", type=int, help="at most so many")
@@ -88,6 +95,8 @@ def main(argv=None):
         args.out = args.out / args.run_name
     elif args.command == "evaluate":
         from examples.smollm2.evaluate import evaluate as run
+    elif args.command == "untrained":
+        from examples.smollm2.untrained import untrained as run
     else:
         from examples.smollm2.stream import stream as run
     run(args)

@@ -59,7 +59,7 @@ def greedy(args, source, ids):
     )
     source.preprocessor = preprocessor
     same = {}
-    for name, memory in (("BSWA", {"fam_length": 0}), ("FAM", {"fam_length": args.fam, "initial_fam": "summary"})):
+    for name, memory in (("BSWA", {"fam_length": 0}), ("FAM", {"fam_length": args.fam})):
         lm = keras_fam.hub.convert(source, block_size=256, memory_segments=1, weights="share", **memory)
         new = keras_fam.StreamingModel(lm, len(found)).generate(found, max_new_tokens=64, sampler="greedy")
         same[name] = sum(

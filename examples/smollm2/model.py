@@ -103,6 +103,7 @@ def with_memory(source, args, fam=None, **changes):
         "block_size": args.block,
         "memory_segments": args.segments,
         "fam_length": args.fam if fam is None else fam,
+        "fam_query": "feedback",  # the paper's form, as trained and recorded
         "memory_update": args.memory_update,
         "initial_fam": args.initial,
         "attention_sinks": args.attention_sinks,

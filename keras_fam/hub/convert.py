@@ -16,6 +16,7 @@ from keras_fam.hub.source import (
     unwrap_source,
 )
 from keras_fam.hub.weights import copy, draw_memory, pairs, share
+from keras_fam.layers.validation import require_one_of
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.models.transformer_fam_causal_lm import TransformerFAMCausalLM
 
@@ -25,6 +26,21 @@ OF_BACKBONE = ("vocabulary_size", "num_layers", "hidden_dim", "tie_weights", "lo
 
 
 SINKS = 4  # as in StreamingLLM, arXiv 2309.17453; more help little
+# What an untrained memory does least harm with, and the paper's form.
+MEMORY = {
+    "anchored": {
+        "memory_update": "hard_gate",
+        "fam_gate": -4.0,
+        "initial_fam": "summary",
+        "fam_query_position": "current",  # at the end of the block, which rows then read as its next tokens would
+    },
+    "feedback": {
+        "memory_update": "residual",
+        "fam_gate": None,
+        "initial_fam": "prompt",
+        "fam_query_position": "previous",
+    },
+}
 
 
 def convert(
@@ -34,6 +50,11 @@ def convert(
     memory_segments: int,
     fam_length: int,
     attention_sinks: int | None = None,
+    fam_query: str = "anchored",
+    memory_update=None,
+    fam_gate: float | str | None = "auto",
+    initial_fam: str | None = None,
+    fam_query_position: str | None = None,
     weights: str = "copy",
     seed=None,
     dtype=None,
@@ -67,9 +88,14 @@ def convert(
     ```
 
     Layers, weights and settings are the source's: with `fam_length=0` (as far as the window reaches) and with
-    `initial_fam="summary"` (to the end of the first block), the logits are too. The first memory is the only new
-    weight, but for those of `fam_gate` and `memory_update`, if asked for. It is untrained, and harms what a model
-    predicts after the first block until it is trained (`enable_lora`).
+    `initial_fam="summary"` (to the end of the first block), the logits are too.
+
+    The memory is the only thing that is new, and untrained. By default it is made so that it does next to no harm
+    before training: the keys of the first four tokens are kept (`attention_sinks`); each layer's rows come from the
+    layer below in the same block, stand at its end and start as token embeddings, so that layers meet what they know
+    (`fam_query="anchored"`); each row is kept or rewritten (`memory_update="hard_gate"`), so that nothing accumulates;
+    and tokens hardly read the memory at first (`fam_gate=-4.0`). `fam_query="feedback"` is the paper's form, which
+    makes a pre-trained model much worse until it is trained.
 
     Sliding windows of the source are kept, layer by layer, inside the window of the blocks: a token attends to the
     keys that both windows contain. The window of the blocks has m·S+1 to (m+1)·S keys, depending on the token's place
@@ -88,18 +114,24 @@ def convert(
             `block_size`, if that is smaller): pre-trained models attend to the first tokens whatever they are, and lose
             their way once those have left the window. 0 turns them off, so that a window of the source is its own at
             any length.
+        fam_query: what writes the memory: `"anchored"` (default here), or `"feedback"`, the paper's form.
+        memory_update: what becomes of a memory between blocks; None means `"hard_gate"` with anchored writes and
+            `"residual"` in the paper's form.
+        fam_gate: where the learned bias on reading the memory starts: `"auto"` means -4.0 with anchored writes and
+            None, no bias, in the paper's form.
+        initial_fam: None means `"summary"` with anchored writes and `"prompt"` in the paper's form.
+        fam_query_position: None means `"current"` with anchored writes and `"previous"` in the paper's form.
         weights: `"copy"`, or `"share"`: both models hold the same variables. Sharing needs equal layouts (Llama,
             Mistral, Qwen, Phi 3; Gemma's differ and can only be copied). Training either model then trains both, a
             variable frozen in one is frozen in both, and LoRA updates belong to the model that has them. While this
             function runs, the weights take their memory twice.
-        seed: seed of the first memory, an integer or a `keras.random.SeedGenerator`. Its rows are drawn from a normal
-            distribution with the mean and standard deviation of the source's token embeddings, feature by feature.
+        seed: seed of the first memory, an integer or a `keras.random.SeedGenerator`. Its rows are the embeddings of
+            tokens drawn at random among the half whose embeddings are of ordinary size.
         dtype: dtype or policy; None means the source's.
         name: name of the new model.
-        **options: settings that the source does not decide: `initial_fam`, `fam_query`, `fam_gate`, `fam_position`,
-            `memory_update`, `random_state_passing`, `blocks_per_step`, `remat`, `dropout` and all other such settings
-            of `TransformerFAMBackbone`. `attention_window` (a sliding window, Fig. 1) is one where no window
-            of the source narrows that of the blocks.
+        **options: other settings that the source does not decide: `fam_position`, `random_state_passing`,
+            `blocks_per_step`, `remat`, `dropout` and so on, see `TransformerFAMBackbone`. `attention_window` (a sliding
+            window, Fig. 1) is one where no window of the source narrows that of the blocks.
 
     Returns:
         A `TransformerFAMBackbone` for a backbone, a `TransformerFAMCausalLM` with the source's preprocessor for a
@@ -122,6 +154,8 @@ def convert(
         raise ValueError(f"{type(source).__name__} has weights outside its backbone, which cannot be converted.")
     window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
     window["attention_sinks"] = min(SINKS, block_size) if attention_sinks is None else attention_sinks
+    given = {"memory_update": memory_update, "initial_fam": initial_fam, "fam_query_position": fam_query_position}
+    memory = _memory_settings(fam_query, fam_gate, given)
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
     windows = sorted({layer["attention_window"] for layer in layers} - {None})
     if "attention_window" in options and windows:
@@ -129,7 +163,7 @@ def convert(
             f"The source decides its sliding window, of {windows} keys; leave `attention_window` out. "
             f"Received: {options['attention_window']!r}."
         )
-    settings = {**_merge(layers), **window, **options}
+    settings = {**_merge(layers), **window, **memory, **options}
     backbone = TransformerFAMBackbone(
         **settings, dtype=theirs.dtype_policy if dtype is None else dtype, name=None if is_task else name
     )
@@ -220,6 +254,15 @@ def _check_options(options):
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"TransformerFAMBackbone knows no setting {unknown}.")
+
+
+def _memory_settings(fam_query, fam_gate, given):
+    """Settings of a backbone: those given, and for the rest what goes with the write."""
+    require_one_of("fam_query", fam_query, tuple(MEMORY))
+    given = {name: value for name, value in given.items() if value is not None}
+    if fam_gate != "auto":
+        given["fam_gate"] = fam_gate
+    return {"fam_query": fam_query, **MEMORY[fam_query], **given}
 
 
 def _merge(layers):

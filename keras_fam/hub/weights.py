@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_fam.hub.source import walk
@@ -123,16 +124,20 @@ def share(pair_list, backbone):
 
 
 def draw_memory(backbone, seed=None):
-    """Draws the first memory: normal rows with the mean and deviation of the token embeddings, feature by feature.
+    """Draws the first memory: embeddings of F tokens, no token twice while there are others.
 
-    With `initial_fam="prefix"`, each layer's rows are these rows passed through the layers below.
+    Only the half of the tokens with embeddings of ordinary size is drawn from (between the quartiles of the root mean
+    square): special and unused tokens lie outside. With `initial_fam="prefix"`, each layer's rows are these rows passed
+    through the layers below.
     """
     if not backbone.fam_length:
         return
     table = ops.convert_to_tensor(backbone.token_embedding.embeddings)
-    table = ops.cast(table[:: max(1, backbone.vocabulary_size // 16_384)], "float32")
-    noise = keras.random.normal((backbone.fam_length, backbone.hidden_dim), dtype="float32", seed=seed)
-    rows = ops.mean(table, axis=0) + ops.std(table, axis=0) * noise
+    size = ops.convert_to_numpy(ops.mean(ops.square(ops.cast(table, "float32")), axis=-1))
+    low, high = np.quantile(size, [0.25, 0.75])
+    ordinary = np.flatnonzero((low <= size) & (size <= high)).astype("int32")
+    drawn = ops.convert_to_numpy(keras.random.shuffle(ordinary, seed=seed))
+    rows = ops.cast(ops.take(table, np.resize(drawn, backbone.fam_length), axis=0), "float32")
     rows = rows * (1.0 if backbone.embedding_scale is None else backbone.embedding_scale)
     if backbone.memory_prompt is not None:
         backbone.memory_prompt.assign(ops.cast(rows, backbone.memory_prompt.dtype))
