@@ -17,6 +17,7 @@ from keras_fam.hub.unsupported import REASONS
 
 keras_hub = pytest.importorskip("keras_hub")
 hub_families = importlib.import_module("examples.verification.hub_families")
+streaming_llm = importlib.import_module("examples.verification.streaming_llm")
 models = keras_hub.models
 
 TOLERANCE = 1e-4
@@ -132,6 +133,17 @@ def test_a_converted_model_keeps_its_first_tokens():
     found, plain = hub_families.logits(kept, ids), hub_families.logits(without, ids)
     equal(found[:, :8], plain[:, :8])
     assert np.abs(found - plain)[:, 8:].max() > 1e-3
+
+
+def test_sinks_are_those_of_an_independent_streaming_llm():
+    model = models.LlamaBackbone(**small(), tie_word_embeddings=True)
+    ids = np.random.default_rng(0).integers(0, model.vocabulary_size, 28)
+    for segments, sinks in ((0, 2), (1, 3), (2, 4)):
+        expected = streaming_llm.StreamingLlama(model, 4, segments, sinks).read(ids)
+        ours = hub.convert(model, block_size=4, memory_segments=segments, fam_length=0, attention_sinks=sinks)
+        lm = keras_fam.TransformerFAMCausalLM(ours)
+        lm.build()
+        equal(hub_families.logits(lm, ids[None])[0], expected)
 
 
 def test_local_and_global_layers_keep_their_own_window_and_rotation():
