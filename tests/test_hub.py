@@ -22,7 +22,7 @@ models = keras_hub.models
 
 TOLERANCE = 1e-4
 WINDOWED = ("Mistral", "Qwen 2, 2.5", "Qwen 3", "Gemma 2", "Gemma 3 (text)")
-CASES = [(family, 0) for family in hub_families.FAMILIES] + [(family, 1) for family in WINDOWED]
+CASES = [(family, 0) for family in hub_families.FAMILIES] + [(family, 1) for family in WINDOWED] + [("SmolLM 3", 3)]
 WINDOW = {"block_size": 16, "memory_segments": 1}
 small = functools.partial(
     hub_families.sizes, np.random.default_rng(0), num_layers=1, hidden_dim=16, num_key_value_heads=2
@@ -51,7 +51,7 @@ def test_a_converted_model_is_its_source(family, seed):
     plain = hub.convert(model, **WINDOW, fam_length=0)
     equal(hub_families.logits(plain, hub_families.tokens()), expected)
     assert hub.memory_weights(plain.backbone) == []
-    assert shapes(plain.weights) == shapes(model.weights)
+    assert sizes(plain.weights) == sizes(model.trainable_weights)
     summary = hub.convert(model, **WINDOW, fam_length=3, initial_fam="summary")
     equal(hub_families.logits(summary, hub_families.tokens()), expected)
     memory = hub.memory_weights(summary.backbone)
@@ -66,9 +66,9 @@ def test_a_converted_model_is_its_source(family, seed):
     }
 
 
-def shapes(weights):
-    """Shapes in order of size: Gemma's heads come first there, and the width here."""
-    return sorted(tuple(sorted(v.shape)) for v in weights)
+def sizes(weights):
+    """Numbers of elements, in order: Gemma's heads come first there, and SmolLM 3's have no axis of their own."""
+    return sorted(int(np.prod(v.shape)) for v in weights)
 
 
 @pytest.mark.parametrize("family, seed", CASES)
@@ -155,6 +155,18 @@ def test_local_and_global_layers_keep_their_own_window_and_rotation():
     assert {b.attention.attention_window for b in wide.blocks} == {None}, "a window that never narrows is left out"
 
 
+@pytest.mark.parametrize("rotated", [(False, True, True), (True, False, False), (False, False, False), (True,)])
+def test_layers_that_rotate_and_layers_that_do_not(rotated):
+    model, fields = hub_families.source("SmolLM 3", 3, hidden_dim=16, rope_layer_enabled_list=list(rotated))
+    assert fields["attention_bias"] and fields["mlp_bias"]
+    lm = hub.convert(model, **WINDOW, fam_length=0)
+    expected = [fields["rope_theta"] if turns else None for turns in (*rotated, True, True)[:3]]
+    assert [block.attention.rope_wavelength for block in lm.backbone.blocks] == expected
+    whole = hub_families.logits(model, hub_families.tokens())
+    equal(hub_families.logits(lm, hub_families.tokens()), whole)
+    equal(hub_families.logits(hub.to_keras_hub(lm, type(model)), hub_families.tokens()), whole)
+
+
 def test_the_first_memory_is_drawn_from_ordinary_tokens():
     model, _ = source("Gemma 1", 0)
     table = numpy(model.backbone.token_embedding.embeddings)
@@ -233,9 +245,9 @@ def test_training_a_copy_leaves_the_source_alone():
 
 
 def test_what_cannot_be_shared_says_which_weight():
-    model, _ = source("Gemma 1", 0)
-    with pytest.raises(ValueError, match=r"cannot be shared, its layout differs"):
-        hub.convert(model, **WINDOW, fam_length=2, weights="share")
+    for family in ("Gemma 1", "SmolLM 3"):
+        with pytest.raises(ValueError, match=r"attention.query.kernel cannot be shared, its layout differs"):
+            hub.convert(source(family, 0)[0], **WINDOW, fam_length=2, weights="share")
     with pytest.raises(ValueError, match=r"token_embedding.embeddings cannot be shared, it is float32 there"):
         hub.convert(source("Llama", 0)[0], **WINDOW, fam_length=2, weights="share", dtype="bfloat16")
 
@@ -334,6 +346,9 @@ def test_fields_without_a_place_are_refused_by_name(monkeypatch):
     refused(
         "`layer_norm_epsilon`=0.1 is the epsilon", models.GemmaBackbone(**small(head_dim=4, layer_norm_epsilon=0.1))
     )
+    for name, value in (("partial_rotary_factor", 0.5), ("attention_dropout", 0.1)):
+        fields = {name: value, "rope_layer_enabled_list": [False] * 3}
+        refused(f"`{name}` .* must be", hub_families.source("SmolLM 3", 0, hidden_dim=16, **fields)[0])
     refused("do not rotate as its fields say", models.LlamaBackbone(**small(rope_position_scaling_factor=4.0)))
     config = models.LlamaBackbone.get_config
     monkeypatch.setattr(models.LlamaBackbone, "get_config", lambda self: {**config(self), "sparse_heads": 3})
@@ -376,6 +391,12 @@ def test_a_class_that_cannot_compute_the_model_is_refused():
         hub.to_keras_hub(lm, models.GPT2CausalLM)
     with pytest.raises(ValueError, match="no field"):
         hub.to_keras_hub(lm, models.LlamaBackbone, sliding_window=3)
+    plain = {"attention_bias": False, "mlp_bias": False, "hidden_dim": 16}
+    for rotated, message in (([True, False, True], "rope_wavelength=.* in layer 1"), ([False] * 3, "rotate queries")):
+        smollm3, _ = hub_families.source("SmolLM 3", 0, **plain, rope_layer_enabled_list=rotated)
+        lm = hub.convert(smollm3, **WINDOW, fam_length=0)
+        with pytest.raises(ValueError, match=message):
+            hub.to_keras_hub(lm, models.LlamaBackbone, tie_word_embeddings=True)
 
 
 def test_a_model_of_this_package_goes_to_keras_hub():

@@ -104,9 +104,27 @@ def phi3(rng):
     return "Phi3", sizes(rng, **rope(rng), **epsilon(rng))
 
 
+def smollm3(rng):
+    fields = sizes(rng, **epsilon(rng))
+    heads, layers = fields.pop("num_query_heads"), 3
+    return "SmolLM3", {
+        **fields,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "rope_theta": float(rng.choice([100.0, 10_000.0, 5_000_000.0])),
+        "rope_layer_enabled_list": [bool(rng.integers(2)), True, False],
+        "attention_bias": bool(rng.integers(2)),
+        "mlp_bias": bool(rng.integers(2)),
+        "attention_dropout": 0.0,
+        "layer_types": ["full_attention"] * layers,
+        "max_position_embeddings": 65_536,
+        "partial_rotary_factor": 1.0,
+    }
+
+
 FAMILIES = {"Llama": llama, "Llama 3 (RoPE bands)": llama3, "SmolLM (tied)": smollm, "Mistral": mistral,
             "Qwen 2, 2.5": qwen, "Qwen 3": qwen3, "Gemma 1": gemma, "Gemma 2": gemma2, "Gemma 3 (text)": gemma3,
-            "Phi 3": phi3}  # fmt: skip
+            "Phi 3": phi3, "SmolLM 3": smollm3}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -125,7 +143,7 @@ def source(family, seed=0, **fields):
     name, found = FAMILIES[family](rng)
     found = {**found, **fields}
     backbone = getattr(keras_hub.models, f"{name}Backbone")(**found)
-    for v in backbone.weights:
+    for v in backbone.trainable_weights:
         around_one = v.name == "scale" and not name.startswith("Gemma")
         v.assign(rng.normal(float(around_one), 0.3, v.shape).astype("float32"))
     return getattr(keras_hub.models, f"{name}CausalLM")(backbone=backbone, preprocessor=None), found
@@ -172,13 +190,14 @@ def measure(family, seed):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configurations", type=int, default=5, help="random configurations of each family")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for all fields and differences")
     args = parser.parse_args(argv)
     columns = ["logits", "one block", "summary", "back", "four blocks"]
     results = {}
     print(f"| {keras.backend.backend()} | " + " | ".join(columns) + " |")
     print("| --- " * (len(columns) + 1) + "|")
-    for family in FAMILIES:
+    for family in args.families:
         results[family] = [measure(family, seed) for seed in range(args.configurations)]
         cells = []
         for column in columns:

@@ -106,7 +106,7 @@ def convert(
 
     Args:
         source: a backbone or a CausalLM of KerasHub: Llama, Llama 3 (SmolLM is a Llama), Mistral, Qwen (2, 2.5),
-            Qwen 3, Gemma (1, 2), Gemma 3 (text) or Phi 3. Objects of `keras_nlp` are the same.
+            Qwen 3, Gemma (1, 2), Gemma 3 (text), Phi 3 or SmolLM 3. Objects of `keras_nlp` are the same.
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
@@ -122,9 +122,9 @@ def convert(
         initial_fam: None means `"summary"` with anchored writes and `"prompt"` in the paper's form.
         fam_query_position: None means `"current"` with anchored writes and `"previous"` in the paper's form.
         weights: `"copy"`, or `"share"`: both models hold the same variables. Sharing needs equal layouts (Llama,
-            Mistral, Qwen, Phi 3; Gemma's differ and can only be copied). Training either model then trains both, a
-            variable frozen in one is frozen in both, and LoRA updates belong to the model that has them. While this
-            function runs, the weights take their memory twice.
+            Mistral, Qwen, Phi 3; those of Gemma and SmolLM 3 differ and can only be copied). Training either model then
+            trains both, a variable frozen in one is frozen in both, and LoRA updates belong to the model that has them.
+            While this function runs, the weights take their memory twice.
         seed: seed of the first memory, an integer or a `keras.random.SeedGenerator`. Its rows are the embeddings of
             tokens drawn at random among the half whose embeddings are of ordinary size.
         dtype: dtype or policy; None means the source's.

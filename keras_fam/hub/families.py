@@ -5,32 +5,8 @@ newer KerasHub cannot slip in a feature that these layers lack. Where KerasHub's
 (Gemma's layers keep their own epsilon, Qwen 3's query and key norms too), the built layer is read, not the field.
 """
 
-from keras_fam.hub.family import Family, Only, Read, Unused
-from keras_fam.layers.activations import gelu_tanh
-
-READ = Read()
-NO_DROPOUT = Only(0, "it drops out elsewhere than these layers; set it to 0 and give `convert` a `dropout` of its own")
-SIZES = {
-    name: name
-    for name in ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim")
-}  # fmt: skip
-COMMON = {**SIZES, "intermediate_dim": "intermediate_dim", "layer_norm_epsilon": "norm_epsilon",
-          "rope_max_wavelength": "rope_wavelength", "dropout": NO_DROPOUT}  # fmt: skip
-
-
-def linear(factor):
-    """`rope_scaling` of positions divided by `factor`."""
-    return None if factor in (None, 1) else {"type": "linear", "factor": float(factor)}
-
-
-def linear_factor(scaling):
-    return 1.0 if scaling is None else scaling["factor"]
-
-
-def head_dim(backbone):
-    """H; where it is not a field, or None, the width divided by the heads."""
-    return getattr(backbone, "head_dim", None) or backbone.hidden_dim // backbone.num_query_heads
-
+from keras_fam.hub.family import COMMON, READ, Family, Only, Unused, linear, linear_factor
+from keras_fam.hub.gemma import GEMMA, GEMMA3
 
 # Llama, Llama 3, SmolLM ---------------------------------------------------------------------------------------------
 
@@ -193,127 +169,6 @@ QWEN3 = Family(
     rotation="_self_attention_layer.rotary_embedding_layer",
 )
 
-# Gemma 1 and 2, Gemma 3 ---------------------------------------------------------------------------------------------
-
-
-def read_gemma(backbone, layer):
-    attention = layer.attention
-    if layer.use_post_attention_norm != layer.use_post_ffw_norm:
-        raise ValueError(
-            "`use_post_attention_norm` and `use_post_ffw_norm` are both on or both off here; received "
-            f"{layer.use_post_attention_norm} and {layer.use_post_ffw_norm}."
-        )
-    normalized = attention.query_head_dim_normalize
-    return {
-        "intermediate_dim": int(layer.gating_ffw.kernel.shape[-1]),
-        "norm_epsilon": layer.pre_attention_norm.epsilon,
-        "use_post_norm": layer.use_post_attention_norm,
-        "rope_wavelength": attention.rope_layer.max_wavelength,
-        "rope_scaling": linear(attention.rope_layer.scaling_factor),
-        "attention_scale": None if normalized else (backbone.hidden_dim // backbone.num_query_heads) ** -0.5,
-        "attention_window": attention.sliding_window_size if attention.use_sliding_window_attention else None,
-        "embedding_scale": backbone.hidden_dim**0.5,
-        "query_key_norm": "offset_rms_norm" if getattr(backbone, "use_query_key_norm", False) else None,
-        "query_key_norm_epsilon": attention.query_norm.epsilon if hasattr(attention, "query_norm") else 1e-6,
-    }
-
-
-def write_gemma(layers):
-    windows = {settings["attention_window"] for settings in layers} - {None}
-    fields = {
-        "intermediate_dim": 2 * layers[0]["intermediate_dim"],
-        "layer_norm_epsilon": layers[0]["norm_epsilon"],
-        "use_post_attention_norm": layers[0]["use_post_norm"],
-        "use_post_ffw_norm": layers[0]["use_post_norm"],
-        "query_head_dim_normalize": layers[0]["attention_scale"] is None,
-        "use_sliding_window_attention": bool(windows),
-    }
-    return {**fields, "sliding_window_size": windows.pop()} if windows else fields
-
-
-def write_gemma3(layers):
-    # The last of every six layers is global, with a wavelength and a scaling of its own.
-    last = layers[min(5, len(layers) - 1)]
-    return {
-        **write_gemma(layers),
-        "use_query_key_norm": layers[0]["query_key_norm"] is not None,
-        "intermediate_dim": layers[0]["intermediate_dim"],
-        "use_sliding_window_attention": layers[0]["rope_wavelength"] == 10_000.0,
-        "local_rope_scaling_factor": linear_factor(layers[0]["rope_scaling"]),
-        "global_rope_scaling_factor": linear_factor(last["rope_scaling"]),
-    }
-
-
-GEMMA_FIELDS = {
-    **SIZES,
-    "head_dim": "head_dim",
-    "intermediate_dim": READ,
-    "layer_norm_epsilon": READ,
-    "query_head_dim_normalize": READ,
-    "use_post_ffw_norm": READ,
-    "use_post_attention_norm": READ,
-    "attention_logit_soft_cap": "attention_softcap",
-    "final_logit_soft_cap": "logit_softcap",
-    "use_sliding_window_attention": READ,
-    "sliding_window_size": READ,
-    "dropout": NO_DROPOUT,
-}
-GEMMA_WEIGHTS = {
-    "attention_norm.scale": "pre_attention_norm.scale",
-    "attention.query.kernel": ("attention.query_dense.kernel", "heads_first"),
-    "attention.key.kernel": ("attention.key_dense.kernel", "heads_first"),
-    "attention.value.kernel": ("attention.value_dense.kernel", "heads_first"),
-    "attention.output_projection.kernel": "attention.output_dense.kernel",
-    "post_attention_norm.scale": "post_attention_norm.scale",
-    "feedforward_norm.scale": "pre_ffw_norm.scale",
-    "gate.kernel": "gating_ffw.kernel",
-    "up.kernel": "gating_ffw_2.kernel",
-    "down.kernel": "ffw_linear.kernel",
-    "post_feedforward_norm.scale": "post_ffw_norm.scale",
-}
-
-# Gemma stores the rotated halves interleaved; queries and keys alike, so that no product changes.
-GEMMA = Family(
-    name="Gemma",
-    backbones=("GemmaBackbone",),
-    fields=GEMMA_FIELDS,
-    fixed={
-        "activation": gelu_tanh,
-        "tie_weights": True,
-        "norm": "offset_rms_norm",
-    },
-    read=read_gemma,
-    write=write_gemma,
-    weights=GEMMA_WEIGHTS,
-    rotation="attention.rope_layer",
-)
-
-GEMMA3 = Family(
-    name="Gemma 3",
-    backbones=("Gemma3Backbone",),
-    fields={
-        **GEMMA_FIELDS,
-        "use_query_key_norm": READ,
-        "local_rope_scaling_factor": READ,
-        "global_rope_scaling_factor": READ,
-        "image_size": Unused(None),
-        "vision_encoder": Only(None, "images are not read here; build the text model alone"),
-        "use_bidirectional_attention": Only(False, "a stream reads forwards"),
-        "is_embedding_model": Only(False, "pooling is no part of a language model"),
-        "pooling_intermediate_dim": Only(None, "pooling is no part of a language model"),
-        "embedding_dim": Only(None, "pooling is no part of a language model"),
-    },
-    fixed=GEMMA.fixed,
-    read=read_gemma,
-    write=write_gemma3,
-    weights={
-        **GEMMA_WEIGHTS,
-        "attention.query_norm.scale": "attention.query_norm.scale",
-        "attention.key_norm.scale": "attention.key_norm.scale",
-    },
-    rotation="attention.rope_layer",
-)
-
 # Phi 3 --------------------------------------------------------------------------------------------------------------
 
 SU = "its factors change with the length of the text read so far, which a stream has no end of"
@@ -345,4 +200,57 @@ PHI3 = Family(
     rotation="attention.rotary_embedding_layer",
 )
 
-FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3)
+# SmolLM 3 -----------------------------------------------------------------------------------------------------------
+
+
+def read_smollm3(backbone, layer):
+    return {"rope_wavelength": backbone.rope_theta if layer.self_attn.use_rope else None}
+
+
+def write_smollm3(layers):
+    wavelengths = [settings["rope_wavelength"] for settings in layers]
+    return {
+        "rope_theta": next((w for w in wavelengths if w is not None), 10_000.0),
+        "rope_layer_enabled_list": [w is not None for w in wavelengths],
+        "layer_types": ["full_attention"] * len(layers),
+    }
+
+
+SMOLLM3 = Family(
+    name="SmolLM 3",
+    backbones=("SmolLM3Backbone",),
+    fields={
+        "vocabulary_size": "vocabulary_size",
+        "hidden_dim": "hidden_dim",
+        "intermediate_dim": "intermediate_dim",
+        "num_layers": "num_layers",
+        "num_attention_heads": "num_query_heads",
+        "num_key_value_heads": "num_key_value_heads",
+        "attention_bias": "use_attention_bias",
+        "attention_dropout": Only(0, "KerasHub's layers ignore it; set it to 0 and give `convert` a `dropout`"),
+        "rope_layer_enabled_list": READ,
+        "layer_types": READ,
+        "mlp_bias": "use_feedforward_bias",
+        "layer_norm_epsilon": "norm_epsilon",
+        "max_position_embeddings": Unused(65_536),
+        "rope_theta": READ,
+        "partial_rotary_factor": Only(1.0, "a layer rotates whole heads here, or nothing"),
+    },
+    fixed={"tie_weights": True},
+    read=read_smollm3,
+    write=write_smollm3,
+    weights={
+        "attention_norm.scale": "input_layernorm.scale",
+        **{f"attention.{n}.kernel": (f"self_attn.{n[0]}_proj.kernel", "flat_heads") for n in ("query", "key", "value")},
+        **{f"attention.{n}.bias": (f"self_attn.{n[0]}_proj.bias", "flat_heads") for n in ("query", "key", "value")},
+        "attention.output_projection.kernel": "self_attn.o_proj.kernel",
+        "feedforward_norm.scale": "post_attention_layernorm.scale",
+        **{f"{n}.kernel": f"mlp.{n}_proj.kernel" for n in ("gate", "up", "down")},
+        **{f"{n}.bias": f"mlp.{n}_proj.bias" for n in ("gate", "up", "down")},
+    },
+    rotation="self_attn.rotary_embedding",
+    rotates="self_attn.use_rope",
+    final_norm="norm",
+)
+
+FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3, SMOLLM3)

@@ -1,4 +1,4 @@
-"""The types of which the tables in `families` consist."""
+"""What the tables in `families` and `gemma` consist of: their types, and what several of them share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -58,7 +58,9 @@ class Family:
         read: `(backbone, layer) -> settings` of one built layer.
         write: `(settings of each layer) -> fields`, for the fields that `read` takes care of.
         weights: weight of our block to the weight of its layer; a pair adds the name of a layout (`weights.LAYOUTS`).
-        rotation: where a layer keeps its rotary embedding.
+        rotation: where a layer keeps its rotary embedding. Weights in it follow from the fields.
+        rotates: where a layer keeps whether it rotates; None if all layers do.
+        final_norm: where the backbone keeps its last norm.
     """
 
     name: str
@@ -68,4 +70,25 @@ class Family:
     write: Callable
     weights: dict[str, object]
     rotation: str
+    rotates: str | None = None
+    final_norm: str = "layer_norm"
     fixed: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+READ = Read()
+NO_DROPOUT = Only(0, "it drops out elsewhere than these layers; set it to 0 and give `convert` a `dropout` of its own")
+SIZES = {
+    name: name
+    for name in ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim")
+}  # fmt: skip
+COMMON = {**SIZES, "intermediate_dim": "intermediate_dim", "layer_norm_epsilon": "norm_epsilon",
+          "rope_max_wavelength": "rope_wavelength", "dropout": NO_DROPOUT}  # fmt: skip
+
+
+def linear(factor):
+    """`rope_scaling` of positions divided by `factor`."""
+    return None if factor in (None, 1) else {"type": "linear", "factor": float(factor)}
+
+
+def linear_factor(scaling):
+    return 1.0 if scaling is None else scaling["factor"]

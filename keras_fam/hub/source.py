@@ -6,7 +6,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_fam.hub.families import FAMILIES, head_dim
+from keras_fam.hub.families import FAMILIES
 from keras_fam.hub.family import PLAIN, Only, Read, Unused
 from keras_fam.hub.unsupported import REASONS
 from keras_fam.ops.rope import inverse_wavelengths
@@ -111,21 +111,23 @@ def layer_settings(backbone, family, reach):
     }
     layers = []
     for layer in backbone.transformer_layers:
-        settings = {**PLAIN, **family.fixed, **fields, **family.read(backbone, layer), "head_dim": head_dim(backbone)}
+        settings = {**PLAIN, **family.fixed, **fields, **family.read(backbone, layer)}
+        settings["head_dim"] = settings.get("head_dim") or settings["hidden_dim"] // settings["num_query_heads"]
         window = settings["attention_window"]
         settings["attention_window"] = None if not window or window >= reach else int(window)
-        _check_norm(backbone, settings)
-        _check_rotation(backbone, layer, family, settings)
+        _check_norm(getattr(backbone, family.final_norm), settings)
+        if family.rotates is None or walk(layer, family.rotates):
+            _check_rotation(backbone, layer, family, settings)
         layers.append(settings)
     if not layers:
         raise ValueError("The source must have at least one layer; received num_layers=0.")
     return layers
 
 
-def _check_norm(backbone, settings):
-    if backbone.layer_norm.epsilon != settings["norm_epsilon"]:
+def _check_norm(final_norm, settings):
+    if final_norm.epsilon != settings["norm_epsilon"]:
         raise ValueError(
-            f"`layer_norm_epsilon`={backbone.layer_norm.epsilon} is the epsilon of the source's final norm alone; "
+            f"`layer_norm_epsilon`={final_norm.epsilon} is the epsilon of the source's final norm alone; "
             f"its layers use {settings['norm_epsilon']} (KerasHub does not pass the field on). Here all norms have one "
             "epsilon: build the source with the epsilon of its layers."
         )
@@ -134,9 +136,15 @@ def _check_norm(backbone, settings):
 def _check_rotation(backbone, layer, family, settings):
     """The frequencies of the built layer against those of the settings: KerasHub's fields are not always used."""
     rotary, width = walk(layer, family.rotation), settings["head_dim"]
+    if settings["rope_wavelength"] is None:
+        raise ValueError(
+            f"The layers of {type(backbone).__name__} rotate queries and keys; received a `rope_wavelength` of None."
+        )
     half = np.concatenate([np.ones(width // 2), np.zeros(width // 2)]).reshape(1, 1, 1, width).astype("float32")
-    turned = np.asarray(ops.convert_to_numpy(ops.cast(rotary(half, start_index=1), "float32")), "float64").reshape(-1)
-    found = np.arctan2(turned[width // 2 :], turned[: width // 2])
+    turned = rotary(half, start_index=1)
+    turned = turned if isinstance(turned, tuple) else ops.split(turned, 2, axis=-1)  # SmolLM 3's are tables: cos, sin
+    cos, sin = (np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")), "float64").reshape(-1) for x in turned)
+    found = np.arctan2(sin, cos)[: width // 2]
     wanted = inverse_wavelengths(width, settings["rope_wavelength"], settings["rope_scaling"])
     tolerance = 1e-4 if rotary.compute_dtype in ("float32", "float64") else 2e-2
     if not np.all(np.abs(found - wanted) <= tolerance * wanted):

@@ -25,5 +25,4 @@ REASONS = {
     "Qwen3_5MoeBackbone": LINEAR + ", and its feed-forward part is a mixture of experts",
     "QwenMoeBackbone": EXPERTS,
     "RWKV7Backbone": "it is a recurrent network without attention",
-    "SmolLM3Backbone": "some of its layers do not rotate queries and keys, and their conversion is not implemented yet",
 }

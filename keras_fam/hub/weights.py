@@ -10,15 +10,14 @@ from keras_fam.hub.source import walk
 from keras_fam.models.lora import learned_memory_weights
 from keras_fam.ops.backend import refresh_torch_parameters
 
-
-def _swap_heads(x):
-    return ops.transpose(x, (1, 0, 2))
-
-
-# Layouts that differ: how theirs becomes ours, how ours becomes theirs, and what is different.
+# How a weight of one model is laid out in the other, `(value, shape there) -> value`, either way; and what differs.
 LAYOUTS = {
-    None: (lambda x: x, lambda x: x, "the same"),
-    "heads_first": (_swap_heads, _swap_heads, "[heads, width, head] there, [width, heads, head] here"),
+    None: (lambda x, shape: x, "nothing"),
+    "heads_first": (
+        lambda x, shape: ops.transpose(x, (1, 0, 2)),
+        "[heads, width, head] there, [width, heads, head] here",
+    ),
+    "flat_heads": (ops.reshape, "[width, heads · head] there, [width, heads, head] here"),
 }
 
 
@@ -54,14 +53,15 @@ def pairs(backbone, source, family):
     if not backbone.tie_weights:
         name = "token_embedding.reverse_embeddings"
         found.append(_pair(name, backbone, name, source, None))
-    found.append(_pair("final_norm.scale", backbone, "layer_norm.scale", source, None))
+    found.append(_pair("final_norm.scale", backbone, f"{family.final_norm}.scale", source, None))
     for i, (block, layer) in enumerate(zip(backbone.blocks, source.transformer_layers, strict=True)):
         for path, theirs in family.weights.items():
             theirs, layout = (theirs, None) if isinstance(theirs, str) else theirs
-            if walk(block, path.rpartition(".")[0]) is not None:
+            if walk(block, path) is not None:
                 found.append(_pair(path, block, theirs, layer, layout, f"blocks[{i}]."))
     _check_left_over(backbone, [(p.ours, p.our_name) for p in found], memory_weights(backbone))
-    _check_left_over(source, [(p.theirs, p.their_name) for p in found], [])
+    rotations = [walk(layer, family.rotation) for layer in source.transformer_layers]
+    _check_left_over(source, [(p.theirs, p.their_name) for p in found], [v for r in rotations for v in r.weights])
     return found
 
 
@@ -92,7 +92,7 @@ def copy(pair_list, back=False):
         there, here = (p.theirs, p.their_name), (p.ours, p.our_name)
         (layer, name), target = (here, variable(*there)) if back else (there, variable(*here))
         value = ops.convert_to_tensor(getattr(layer, name))
-        value = LAYOUTS[p.layout][1 if back else 0](value)
+        value = LAYOUTS[p.layout][0](value, target.shape)
         if tuple(value.shape) != tuple(target.shape):
             raise ValueError(f"{p.path} has the shape {tuple(target.shape)}; received {tuple(value.shape)}.")
         # A copy: a training step on JAX donates the buffers of its variables.
@@ -104,7 +104,7 @@ def share(pair_list, backbone):
     for p in pair_list:
         ours, theirs = variable(p.ours, p.our_name), variable(p.theirs, p.their_name)
         if p.layout is not None:
-            why = f"its layout differs: {LAYOUTS[p.layout][2]}"
+            why = f"its layout differs: {LAYOUTS[p.layout][1]}"
         elif getattr(p.theirs, "lora_enabled", False):
             why = "the source adds a LoRA update to it"
         elif ours.dtype != theirs.dtype:
