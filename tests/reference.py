@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+FROM_BELOW = ("anchored", "layer_inputs")  # fam_query: the rows of the layer below write (not the paper's)
 DEFAULTS = {
     "num_query_heads": None,  # N, required
     "num_key_value_heads": None,  # K; None: N
@@ -26,7 +27,7 @@ DEFAULTS = {
     "attention_window": None,  # None: breathing BSWA; w: a token sees at most the last w tokens, itself included
     "attention_sinks": 0,  # W: the first tokens, read as if at the W positions before the window once they left it
     "num_visible_memories": 1,  # P (Table 6)
-    "fam_query": "feedback",  # "static": SUM FAM (App. C.3); "anchored": the rows of the layer below (not the paper's)
+    "fam_query": "feedback",  # "static": SUM FAM (App. C.3); FROM_BELOW: the rows of the layer below
     "fam_gate": None,  # not None: a bias per query head on memory rows as tokens read them (not the paper's)
     "fam_position": "last",  # "last" | "float" (App. B.2)
     "fam_query_position": "previous",  # "previous" | "current"
@@ -319,7 +320,7 @@ def write_memory(row, rider, weights, cfg, position_offset):
 
     The rows attend to k_F of the visible memories and to the whole block, never to the memory segments. With
     initial_fam="summary" the first block has no memory yet: the riding rows take its place. With fam_query="anchored"
-    the riding rows ask, and are the residual, in every block.
+    the riding rows ask, and are the residual, in every block; with "layer_inputs" they are also what is remembered.
     """
     s = cfg["block_size"]
     block = row.count // s - 1
@@ -327,7 +328,7 @@ def write_memory(row, rider, weights, cfg, position_offset):
     previous_block, asking = memories[-1]
     if cfg["fam_query"] == "static" and row.memories:
         asking = row.static
-    if cfg["fam_query"] == "anchored":
+    if cfg["fam_query"] in FROM_BELOW:
         asking = rider
     query_block = previous_block if cfg["fam_query_position"] == "previous" else block
     q_f = project_query(asking, fam_positions(query_block, cfg, position_offset), weights, cfg)
@@ -338,10 +339,11 @@ def write_memory(row, rider, weights, cfg, position_offset):
     keys = np.stack(k_f + row.keys[block * s : (block + 1) * s])
     values = np.stack(v_f + row.values[block * s : (block + 1) * s])
     # Riders keep their residual: they are the stream of the layer below.
-    no_residual = row.fresh and row.memories and cfg["fam_query"] != "anchored"
+    no_residual = row.fresh and row.memories and cfg["fam_query"] not in FROM_BELOW
     residual = np.zeros_like(asking) if no_residual else asking  # "FAM copy"
     written = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
-    return update_memory(written, memories[-1][1], row.fresh, weights, cfg), written
+    new = rider if cfg["fam_query"] == "layer_inputs" else written
+    return update_memory(new, memories[-1][1], row.fresh, weights, cfg), written
 
 
 def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0, fresh=True, static=None, frozen=None):
@@ -353,7 +355,7 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
     It goes on with the `row` that the last call returned (left as it is; fam0, fresh and static then do not matter).
 
     rider [F, D] is what the layer below wrote for the first block (layer 0: the learned rows), used only in the call
-    in which the first block of a "summary" stream becomes full. With fam_query="anchored" it is what the layer below
+    in which the first block of a "summary" stream becomes full. With fam_query in FROM_BELOW it is what the layer below
     made of the rows in each block that becomes full in this call (a list), or the same [F, D] for all of them.
 
     frozen is the row that a recorded run over the same stream returned. Tokens then read keys and values of blocks
@@ -361,7 +363,7 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
 
     info: "fam", the current memory [F, D] (None before a summary stream has one); "fams", the memories written in
     this call; "rider", what the layer above gets: the memory written for the first block of a summary stream, if in
-    this call, else None; with fam_query="anchored", what was made of the rows in each block, a list.
+    this call, else None; with fam_query in FROM_BELOW, what was made of the rows in each block, a list.
     """
     s, with_fam = cfg["block_size"], cfg["fam_length"] > 0
     if row is None:
@@ -370,7 +372,7 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
             row.memories.append((-1, wide(fam0)))
         assert row.memories or not with_fam or cfg["initial_fam"] == "summary", "a stream starts from fam0 [F, D]"
     row = row.copy()
-    anchored = cfg["fam_query"] == "anchored"
+    anchored = cfg["fam_query"] in FROM_BELOW
     outputs, fams, rider_out = [], [], [] if anchored else None
     x = wide(x)
     while len(outputs) < len(x):

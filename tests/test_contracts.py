@@ -49,10 +49,13 @@ def test_attention_alone(initial_fam):
     assert set(keras_fam.check_streaming(layer, tokens=tokens)) == CONTRACTS
 
 
-@pytest.mark.parametrize("initial_fam", ["prompt", "summary", "prefix"])
-def test_language_model(initial_fam):
+INPUTS = {"fam_query": "layer_inputs", "initial_fam": "summary", "memory_update": "hard_gate", "fam_gate": -1.0}
+
+
+@pytest.mark.parametrize("changes", [*({"initial_fam": name} for name in ("prompt", "summary", "prefix")), INPUTS])
+def test_language_model(changes):
     settings, tokens = small("fam")
-    settings = {**SMALL, **settings, "initial_fam": initial_fam}
+    settings = {**SMALL, **settings, **changes}
     lm = TransformerFAMCausalLM(TransformerFAMBackbone(vocabulary_size=17, num_layers=2, hidden_dim=12, **settings))
     lm.build()
     assert set(keras_fam.check_streaming(lm, tokens=tokens)) == CONTRACTS - {"gradients"}

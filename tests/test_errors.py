@@ -44,7 +44,10 @@ WRONG_SETTINGS = [
     ({"initial_fam": "zeros"}, ["`initial_fam` must be one of 'prompt', 'prefix', 'summary'", "received 'zeros'"]),
     ({"fam_position": "first"}, ["`fam_position` must be one of 'last', 'float'", "received 'first'"]),
     ({"fam_query_position": "next"}, ["`fam_query_position` must be one of 'previous', 'current'", "received 'next'"]),
-    ({"fam_query": "static"}, ["`fam_query` must be one of 'feedback', 'anchored'", "received 'static'"]),
+    (
+        {"fam_query": "static"},
+        ["`fam_query` must be one of 'feedback', 'anchored', 'layer_inputs'", "received 'static'"],
+    ),
     (
         {"fam_query": "anchored", "initial_fam": "prefix"},
         ["`initial_fam` must be 'prompt' or 'summary'", "received 'prefix'"],
@@ -100,6 +103,7 @@ def test_settings_of_blocks_and_backbones(settings, words):
         ({"blocks_per_step": 0}, ["`blocks_per_step`", "must be a positive integer", "received 0"]),
         ({"logit_softcap": -3}, ["`logit_softcap` must be a positive number", "received -3"]),
         ({"layer_settings": [{}]}, ["one dict per layer, 2", "received 1"]),
+        ({"num_layers": 1, "fam_query": "layer_inputs"}, ["two layers or more", "a model of one layer has none"]),
         ({"layer_settings": [{}, {"fam_query": "anchored"}]}, ["`fam_query` must be the same", "layer_settings[1]"]),
         ({"layer_settings": [{}, {"fam_length": 2}]}, ["`fam_length` must be the same in all", "layer_settings[1]"]),
         ({"random_state_passing": 1.5}, ["probability from 0 to 1", "received 1.5"]),
@@ -108,6 +112,12 @@ def test_settings_of_blocks_and_backbones(settings, words):
 def test_settings_of_backbones(settings, words):
     with raises(*words):
         TransformerFAMBackbone(**{**MODEL, **settings})
+
+
+def test_layer_inputs_need_a_layer_below():
+    block = keras_fam.TransformerFAMBlock(2, 4, 8, block_size=4, fam_length=1, fam_query="layer_inputs")
+    with raises("needs a model of two layers or more", "has none below", "`fam_query='anchored'`"):
+        block(np.zeros((1, 4, 8), "float32"))
 
 
 def test_settings_of_averages():

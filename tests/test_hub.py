@@ -197,11 +197,11 @@ def test_what_is_known_to_do_no_harm_is_the_default_and_the_paper_is_one_argumen
         return tuple(config[name] for name in names)
 
     sinks = min(4, WINDOW["block_size"])
-    assert made() == ("anchored", "hard_gate", -4.0, "summary", "current", sinks)
+    assert made() == ("layer_inputs", "hard_gate", -4.0, "summary", "current", sinks)
     assert made(fam_query="feedback") == ("feedback", "residual", None, "prompt", "previous", sinks)
     given = {"memory_update": "average", "fam_gate": None, "initial_fam": "prompt", "fam_query_position": "previous"}
     given["attention_sinks"] = 0
-    assert made(**given) == ("anchored", *given.values())
+    assert made(**given) == ("layer_inputs", *given.values())
     with pytest.raises(ValueError, match="`fam_query` must be one of"):
         made(fam_query="static")
 

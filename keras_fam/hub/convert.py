@@ -28,7 +28,7 @@ OF_BACKBONE = ("vocabulary_size", "num_layers", "hidden_dim", "tie_weights", "lo
 SINKS = 4  # as in StreamingLLM, arXiv 2309.17453; more help little
 # What an untrained memory does least harm with, and the paper's form.
 MEMORY = {
-    "anchored": {
+    "layer_inputs": {
         "memory_update": "hard_gate",
         "fam_gate": -4.0,
         "initial_fam": "summary",
@@ -41,6 +41,7 @@ MEMORY = {
         "fam_query_position": "previous",
     },
 }
+MEMORY["anchored"] = MEMORY["layer_inputs"]
 
 
 def convert(
@@ -50,7 +51,7 @@ def convert(
     memory_segments: int,
     fam_length: int,
     attention_sinks: int | None = None,
-    fam_query: str = "anchored",
+    fam_query: str | None = None,
     memory_update=None,
     fam_gate: float | str | None = "auto",
     initial_fam: str | None = None,
@@ -92,10 +93,11 @@ def convert(
 
     The memory is the only thing that is new, and untrained. By default it is made so that it does next to no harm
     before training: the keys of the first four tokens are kept (`attention_sinks`); each layer's rows come from the
-    layer below in the same block, stand at its end and start as token embeddings, so that layers meet what they know
-    (`fam_query="anchored"`); each row is kept or rewritten (`memory_update="hard_gate"`), so that nothing accumulates;
-    and tokens hardly read the memory at first (`fam_gate=-4.0`). `fam_query="feedback"` is the paper's form, which
-    makes a pre-trained model much worse until it is trained.
+    layer below in the same block, stand at its end, start as token embeddings and are remembered as they enter the
+    layer, so that layers meet what they know (`fam_query="layer_inputs"`); each row is kept or rewritten
+    (`memory_update="hard_gate"`), so that nothing accumulates; and tokens hardly read the memory at first
+    (`fam_gate=-4.0`). `fam_query="feedback"` is the paper's form, which makes a pre-trained model much worse until it
+    is trained.
 
     Sliding windows of the source are kept, layer by layer, inside the window of the blocks: a token attends to the
     keys that both windows contain. The window of the blocks has m·S+1 to (m+1)·S keys, depending on the token's place
@@ -114,13 +116,14 @@ def convert(
             `block_size`, if that is smaller): pre-trained models attend to the first tokens whatever they are, and lose
             their way once those have left the window. 0 turns them off, so that a window of the source is its own at
             any length.
-        fam_query: what writes the memory: `"anchored"` (default here), or `"feedback"`, the paper's form.
-        memory_update: what becomes of a memory between blocks; None means `"hard_gate"` with anchored writes and
-            `"residual"` in the paper's form.
-        fam_gate: where the learned bias on reading the memory starts: `"auto"` means -4.0 with anchored writes and
-            None, no bias, in the paper's form.
-        initial_fam: None means `"summary"` with anchored writes and `"prompt"` in the paper's form.
-        fam_query_position: None means `"current"` with anchored writes and `"previous"` in the paper's form.
+        fam_query: what writes the memory: `"layer_inputs"`, `"anchored"`, or `"feedback"`, the paper's form. None means
+            the first, or `"anchored"` for a source of one layer.
+        memory_update: what becomes of a memory between blocks; None means `"hard_gate"`, and `"residual"` in the
+            paper's form.
+        fam_gate: where the learned bias on reading the memory starts: `"auto"` means -4.0, and None (no bias) in the
+            paper's form.
+        initial_fam: None means `"summary"`, and `"prompt"` in the paper's form.
+        fam_query_position: None means `"current"`, and `"previous"` in the paper's form.
         weights: `"copy"`, or `"share"`: both models hold the same variables. Sharing needs equal layouts (Llama,
             Mistral, Qwen, Phi 3; those of Gemma and SmolLM 3 differ and can only be copied). Training either model then
             trains both, a variable frozen in one is frozen in both, and LoRA updates belong to the model that has them.
@@ -155,6 +158,8 @@ def convert(
     window = {"block_size": block_size, "memory_segments": memory_segments, "fam_length": fam_length}
     window["attention_sinks"] = min(SINKS, block_size) if attention_sinks is None else attention_sinks
     given = {"memory_update": memory_update, "initial_fam": initial_fam, "fam_query_position": fam_query_position}
+    if fam_query is None:
+        fam_query = "layer_inputs" if theirs.num_layers > 1 else "anchored"
     memory = _memory_settings(fam_query, fam_gate, given)
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
     windows = sorted({layer["attention_window"] for layer in layers} - {None})

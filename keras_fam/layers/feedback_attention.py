@@ -11,7 +11,7 @@ from keras_fam.layers import memory_update as memory_updates
 from keras_fam.layers.fast_call import call_dense, run
 from keras_fam.layers.normalization import NORMS
 from keras_fam.layers.recurrent_layer import RecurrentLayer
-from keras_fam.layers.validation import check_attention_settings
+from keras_fam.layers.validation import check_attention_settings, require_layer_below
 from keras_fam.ops import masks
 from keras_fam.ops.attention import attend
 from keras_fam.ops.rope import BlockPositions, rotate
@@ -54,7 +54,9 @@ class FeedbackAttention(RecurrentLayer):
         fam_query: what writes the memory, as query and residual: `"feedback"` (default, the paper's form): the memory
             itself; `"anchored"` (an addition of this project): the rows of the layer below in the same block, starting
             from learned rows at the bottom, so that a pre-trained layer meets rows such as it knows. What the layer
-            makes of them goes up to the next layer and, past `memory_update`, becomes the layer's memory. Not with
+            makes of them goes up to the next layer and, past `memory_update`, becomes the layer's memory;
+            `"layer_inputs"` (likewise, and in a model of two layers or more): the same rows write, and a layer
+            remembers them as they enter it, so that keys and values are made of what its weights know. Neither with
             `initial_fam="prefix"`.
         memory_update: what becomes of a memory between blocks: `"residual"` (the paper's), `"normalized"`, `"binary"`,
             `"average"`, `"hard_gate"`, or a `keras_fam.MemoryUpdate` such as `keras_fam.Normalized(noise=0.7)`.
@@ -157,6 +159,11 @@ class FeedbackAttention(RecurrentLayer):
         return bool(self.fam_length and self.memory_update.noise)
 
     @property
+    def rows_come_from_below(self):
+        """Whether the rows of the layer below write the memory, not the memory itself."""
+        return self.fam_query != "feedback"
+
+    @property
     def memory_is_closed(self):
         """Whether tokens do not read the memory (`fam_gate=float("-inf")`)."""
         return self.fam_gate == float("-inf")
@@ -212,6 +219,7 @@ class FeedbackAttention(RecurrentLayer):
             )
         self.initial_fam_rows = None
         if self.fam_length and self.owns_initial_fam:
+            require_layer_below(self.fam_query, self.name)
             self.initial_fam_rows = self.add_weight(
                 shape=(self.fam_length, self.hidden_dim),
                 initializer=keras.initializers.RandomNormal(stddev=0.02),

@@ -46,13 +46,13 @@ def rows_for_lowest(attention, learned):
     """
     if not attention.fam_length:
         return None
-    if attention.fam_query == "anchored":
+    if attention.rows_come_from_below:
         return ops.expand_dims(learned(), 1)
     return learned() if attention.initial_fam == "summary" else None
 
 
 def anchored_rows(layer, state, chunk, rows_below):
-    """`WritingRows` of `fam_query="anchored"`: query and residual are the rows of the layer below in the same block."""
+    """`WritingRows` that are the rows of the layer below in the same block, as query and as residual."""
     attention = layer.attention_layer()
     rows = ops.cast(rows_below, attention.memory_dtype)
     query = attention.memory_query(layer.pre_norm(rows))
@@ -102,7 +102,7 @@ def _first_memory(layer, state, position, rows_below):
     if layer.initial_fam != "summary":
         return memory
     attention = layer.attention_layer()
-    rows = rows_below[:, 0] if attention.fam_query == "anchored" else rows_below
+    rows = rows_below[:, 0] if attention.rows_come_from_below else rows_below
     rows = ops.broadcast_to(ops.cast(rows, attention.memory_dtype), ops.shape(state.fam))
     key, value = attention.memory_key_value(layer.pre_norm(rows))
     older = state.fam_key[:, attention.fam_length :]
@@ -167,7 +167,8 @@ def _step(layer, memory, x, project, sinks):
         mask = ops.expand_dims(mask, 1)
     attended = attend(query, key, value, mask, attention.attention_softcap)
     written = layer.memory_output(attended, residual, seed)
-    fam = attention.memory_update.call(written, memory.fam, seed=fold_in(seed, 3), fresh=x.get("fresh"))
+    new = residual if attention.fam_query == "layer_inputs" else written
+    fam = attention.memory_update.call(new, memory.fam, seed=fold_in(seed, 3), fresh=x.get("fresh"))
     query, key, value = project(layer.pre_norm(fam))
     if attention.num_visible_memories > 1:  # older memories move one block back
         kept = (attention.num_visible_memories - 1) * attention.fam_length
@@ -179,7 +180,7 @@ def _step(layer, memory, x, project, sinks):
 
 def _update_once(layer, position, first, inputs, chunk, sinks, rows_below):
     """At most one block is completed, as in decoding: mostly none is, and then nothing of this is computed."""
-    anchored, before = layer.attention_layer().fam_query == "anchored", first
+    anchored, before = layer.attention_layer().rows_come_from_below, first
     if anchored:
         before += (ops.broadcast_to(ops.cast(rows_below[:, 0], first[0].dtype), ops.shape(first[0])),)
 
@@ -201,7 +202,7 @@ def _update_once(layer, position, first, inputs, chunk, sinks, rows_below):
 def _update_in_turn(layer, position, first, inputs, chunk, sinks):
     """One update after the other; the tokens of each block read what was there before it."""
     memory, project = _start(layer, position, first, inputs)
-    anchored = layer.attention_layer().fam_query == "anchored"
+    anchored = layer.attention_layer().rows_come_from_below
     summary = layer.initial_fam == "summary" and not anchored
 
     def step(memory, x):

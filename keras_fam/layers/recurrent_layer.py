@@ -75,7 +75,7 @@ class RecurrentLayer(Recurrent, keras.layers.Layer):
 
     def writing_rows(self, state, position, chunk, rows_below):
         """None where the memory itself is copied into the query (Alg. 2), else `WritingRows`."""
-        if self.attention_layer().fam_query == "feedback":
+        if not self.attention_layer().rows_come_from_below:
             return None
         return anchored_rows(self, state, chunk, rows_below)
 

@@ -1,6 +1,6 @@
 """What the settings of a layer may be, each rule in one place."""
 
-FAM_QUERIES = ("feedback", "anchored")
+FAM_QUERIES = ("feedback", "anchored", "layer_inputs")
 FAM_POSITIONS = ("last", "float")
 FAM_QUERY_POSITIONS = ("previous", "current")
 INITIAL_FAMS = ("prompt", "prefix", "summary")
@@ -39,6 +39,16 @@ def require_feedback(kind, attention):
         )
 
 
+def require_layer_below(fam_query, owner):
+    """Raises ValueError for memories of layer inputs where there is no layer below, so that they would never change."""
+    if fam_query == "layer_inputs":
+        raise ValueError(
+            "`fam_query='layer_inputs'` remembers what the layer below makes of the memory rows, so it needs a model "
+            f"of two layers or more; {owner} has none below. Use TransformerFAMBackbone with num_layers ≥ 2, or "
+            "`fam_query='anchored'`."
+        )
+
+
 def check_attention_settings(attention):
     """Raises ValueError if the settings of a `FeedbackAttention` contradict each other."""
     for name in ("num_query_heads", "num_key_value_heads", "head_dim", "block_size", "num_visible_memories"):
@@ -69,10 +79,10 @@ def check_attention_settings(attention):
         require_positive_integer("attention_window", attention.attention_window)
     require_one_of("initial_fam", attention.initial_fam, INITIAL_FAMS)
     require_one_of("fam_query", attention.fam_query, FAM_QUERIES)
-    if attention.fam_query == "anchored" and attention.initial_fam == "prefix":
+    if attention.rows_come_from_below and attention.initial_fam == "prefix":
         raise ValueError(
-            "`fam_query='anchored'` sends one set of learned rows up the layers, so `initial_fam` must be 'prompt' or "
-            "'summary'; received 'prefix', which has a first memory per layer and no such rows."
+            f"`fam_query={attention.fam_query!r}` sends one set of learned rows up the layers, so `initial_fam` must "
+            "be 'prompt' or 'summary'; received 'prefix', which has a first memory per layer and no such rows."
         )
     gate = attention.fam_gate
     if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int | float) or not gate < float("inf")):

@@ -12,7 +12,7 @@ from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.memory_scan import rows_for_lowest
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
-from keras_fam.layers.validation import require_positive, require_positive_integer
+from keras_fam.layers.validation import require_layer_below, require_positive, require_positive_integer
 from keras_fam.models.initial_state import make_initial_state
 from keras_fam.models.lora import LoRAMixin
 from keras_fam.models.preset_io import PresetMixin, load_backbone
@@ -65,7 +65,8 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
             that a plain Transformer lacks.
         fam_query: `"feedback"` (the paper's form): a layer's memory writes the next one; `"anchored"` (an addition of
             this project): the memory prompt passes up the layers in every block, and what a layer makes of the rows is
-            what it writes. See `FeedbackAttention`.
+            what it writes; `"layer_inputs"`: likewise, but a layer remembers the rows as they enter it (two layers or
+            more). See `FeedbackAttention`.
         memory_update: `"residual"` (the paper's), `"normalized"`, `"binary"`, `"average"`, `"hard_gate"`, or a
             `keras_fam.MemoryUpdate`, of which each layer gets a copy. The last two may have weights.
         fam_gate: None (the paper's form), or where a learned bias on reading the memory starts, one per layer and query
@@ -187,6 +188,8 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
                 "`scan_layers=True` runs all layers as one loop, so they must be equal; received `layer_settings` too. "
                 "Leave one of them out."
             )
+        if num_layers == 1 and fam_length:
+            require_layer_below(fam_query, "a model of one layer")
         self.vocabulary_size, self.num_layers, self.hidden_dim = vocabulary_size, num_layers, hidden_dim
         block_settings["num_key_value_heads"] = num_query_heads if num_key_value_heads is None else num_key_value_heads
         block_settings["memory_update"] = memory_updates.serialize(memory_updates.get(memory_update))
