@@ -134,6 +134,7 @@ def untrained(args):
             print(f"cosine of the memories of two novels: below 0.95 in {below} of {len(found)} layers; {found}")
             continue
         ids = text_ids(source.preprocessor.tokenizer, args.out)
-        ids = ids[: (min(args.tokens, len(ids) - 1) if args.tokens else len(ids) - 1) // STEP * STEP + 1]
+        wanted = -(-args.tokens // STEP) * STEP or len(ids)
+        ids = ids[: min(wanted, (len(ids) - 1) // STEP * STEP) + 1]
         name = system.lower().replace("'", "").replace(",", "").replace(" ", "_")
         measure(converted(source, args, system), ids, folder / name, {"system": system, **settings})
