@@ -193,6 +193,17 @@ def test_speed():
         assert float(gradients or 0) == pytest.approx(row["gradient_difference"], rel=0.06, abs=0)
 
 
+def test_untrained_smollm2():
+    found = recorded("smollm2_untrained")
+    titles = {"BSWA, no sinks": "BSWA", "BSWA, 1 sink": "BSWA, 1 sink", "BSWA, 4 sinks": "BSWA, 4 sinks",
+              "FAM, as": "FAM", "FAM, `fam_query": "FAM, the paper's form"}  # fmt: skip
+    for name, cells in zip(titles.values(), rows("smollm2", *titles), strict=True):
+        says(cells, found[name]["perplexity by ten thousand tokens"])
+    pairs = zip(*(found[name]["perplexity by ten thousand tokens"] for name in ("FAM", "BSWA, 4 sinks")), strict=True)
+    assert all(fam <= 1.01 * plain for fam, plain in pairs)
+    assert sum(cosine < 0.95 for cosine in found["cosines"]["cosines"]) == 18
+
+
 def test_exactness():
     """Every recorded backend has its column, and nothing recorded is above what a test allows."""
     titles = {"float32: outputs": "float32 outputs", "float64: outputs": "float64 outputs",

@@ -46,7 +46,7 @@ MUTANTS = (
         "layers/chunk_attention.py",
         "return state._replace(key=key, value=value)",
         "return state._replace(key=key)",
-        "test_properties",
+        "test_contracts test_stateful",
     ),
     Mutant(
         "memory keys stand one position too far back",
@@ -98,14 +98,14 @@ MUTANTS = (
         "layers/recurrent.py",
         'state = where_rows(ops.cast(reset, "bool"), ',
         'state = where_rows(ops.roll(ops.cast(reset, "bool"), 1), ',
-        "test_properties",
+        "test_contracts test_stateful",
     ),
     Mutant(
         "padding behind a row's length enters the state",
         "layers/chunk.py",
         "        if self.lengths is None:\n            return x\n",
         "        return x\n",
-        "test_properties",
+        "test_contracts test_stateful",
     ),
     Mutant(
         "the first update after a reset has a residual",
@@ -194,8 +194,8 @@ MUTANTS = (
     ),
 )
 BROAD = (
-    "test_oracle test_attention test_properties test_model test_systems test_stateful test_stateful_training "
-    "test_training test_steps test_generation test_sessions test_contracts"
+    "test_oracle test_attention test_model test_systems test_stateful test_stateful_training "
+    "test_training test_steps test_generation test_sessions test_contracts test_properties"
 )
 
 
