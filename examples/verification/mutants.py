@@ -164,7 +164,7 @@ MUTANTS = (
         "test_training test_steps",
     ),
     Mutant(
-        "gradients pass a chunk's start in truncated training",
+        "a train step does not hand on its state",
         "training/stateful.py",
         "self.assign_state(keras.tree.map_structure(ops.stop_gradient, state))",
         "pass",
