@@ -198,7 +198,8 @@ def test_what_is_known_to_do_no_harm_is_the_default_and_the_paper_is_one_argumen
 
     sinks = min(4, WINDOW["block_size"])
     assert made() == ("layer_inputs", "hard_gate", -4.0, "summary", "current", sinks)
-    assert made(fam_query="feedback") == ("feedback", "residual", None, "prompt", "previous", sinks)
+    paper = ("feedback", "residual", None, "prompt", "previous", sinks)
+    assert made(fam_query="feedback") == made(fam_length=0) == paper
     given = {"memory_update": "average", "fam_gate": None, "initial_fam": "prompt", "fam_query_position": "previous"}
     given["attention_sinks"] = 0
     assert made(**given) == ("layer_inputs", *given.values())

@@ -117,7 +117,7 @@ def convert(
             their way once those have left the window. 0 turns them off, so that a window of the source is its own at
             any length.
         fam_query: what writes the memory: `"layer_inputs"`, `"anchored"`, or `"feedback"`, the paper's form. None means
-            the first, or `"anchored"` for a source of one layer.
+            the first, or `"anchored"` for a source of one layer (and `"feedback"` without memory).
         memory_update: what becomes of a memory between blocks; None means `"hard_gate"`, and `"residual"` in the
             paper's form.
         fam_gate: where the learned bias on reading the memory starts: `"auto"` means -4.0, and None (no bias) in the
@@ -159,7 +159,7 @@ def convert(
     window["attention_sinks"] = min(SINKS, block_size) if attention_sinks is None else attention_sinks
     given = {"memory_update": memory_update, "initial_fam": initial_fam, "fam_query_position": fam_query_position}
     if fam_query is None:
-        fam_query = "layer_inputs" if theirs.num_layers > 1 else "anchored"
+        fam_query = "feedback" if not fam_length else "layer_inputs" if theirs.num_layers > 1 else "anchored"
     memory = _memory_settings(fam_query, fam_gate, given)
     layers = layer_settings(theirs, family, (memory_segments + 1) * block_size)
     windows = sorted({layer["attention_window"] for layer in layers} - {None})
