@@ -1,7 +1,7 @@
 """Runs the code cells of a notebook in this process and stores what they print and draw: Jupyter is not needed.
 
     python -m examples.notebooks.run examples/notebooks/quickstart.ipynb
-    python -m examples.notebooks.run examples/notebooks/quickstart.ipynb --set STEPS=20 --output /tmp/short.ipynb
+    python -m examples.notebooks.run examples/notebooks/quickstart.ipynb --set STEPS=20 --output out/short.ipynb
 
 Cells are plain Python, without magics. `--set` replaces values of the cell with the tag "parameters".
 """

@@ -119,6 +119,33 @@ def cosines(source, args, blocks=32):
     return [round(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), 4) for a, b in pairs]
 
 
+def summarize(folder):
+    """Writes what all runs in `folder` have found to `summary.json`, and prints ratios of perplexities and of RMS."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if "system" in record:
+            sizes = np.array(record.pop("RMS by step"))
+            blocks = STEP // record["block"]  # in a step
+            for name, first, last in (("10 to 110", 10, 110), ("900 to 1,000", 900, 1000)):
+                if sizes.size and len(sizes) * blocks >= last:
+                    means = sizes[first // blocks : last // blocks].mean(0)
+                    record[f"RMS by layer, blocks {name}"] = [round(float(x), 3) for x in means]
+            found[record["system"]] = record
+        elif "cosines" in record:
+            found["cosines"] = record
+    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    of = "perplexity by ten thousand tokens"
+    for system, other in (("BSWA, 4 sinks", "BSWA"), ("FAM", "BSWA, 4 sinks")):
+        if system in found and other in found:
+            ratios = [a / b for a, b in zip(found[system][of], found[other][of], strict=False)]
+            print(f"{system} over {other}: {min(ratios):.4f} to {max(ratios):.4f} times the perplexity")
+    later, early = (found.get("FAM", {}).get(f"RMS by layer, blocks {x}") for x in ("900 to 1,000", "10 to 110"))
+    if later:
+        ratios = np.divide(later, early)
+        print(f"RMS of the memory, blocks 900 to 1,000 over 10 to 110: {ratios.min():.3f} to {ratios.max():.3f} times")
+
+
 def untrained(args):
     """Measures every system of `args.systems`, one after the other."""
     source = load()
@@ -138,3 +165,4 @@ def untrained(args):
         ids = ids[: min(wanted, (len(ids) - 1) // STEP * STEP) + 1]
         name = system.lower().replace("'", "").replace(",", "").replace(" ", "_")
         measure(converted(source, args, system), ids, folder / name, {"system": system, **settings})
+    summarize(folder)
