@@ -315,21 +315,21 @@ def update_memory(written, previous, first, weights, cfg):
     return gate * written + (1.0 - gate) * previous
 
 
-def write_memory(row, rider, weights, cfg, position_offset):
+def write_memory(row, rows_below, weights, cfg, position_offset):
     """(memory, written), each [F, D], for the block b that has just become full (Alg. 2, the memory rows).
 
     The rows attend to k_F of the visible memories and to the whole block, never to the memory segments. With
-    initial_fam="summary" the first block has no memory yet: the riding rows take its place. With fam_query="anchored"
-    the riding rows ask, and are the residual, in every block; with "layer_inputs" they are also what is remembered.
+    initial_fam="summary" the first block has no memory yet: the rows from below take its place. With
+    fam_query="anchored" they ask, and are the residual, in every block; with "layer_inputs" they are also what is remembered.
     """
     s = cfg["block_size"]
     block = row.count // s - 1
-    memories = row.memories[-cfg["num_visible_memories"] :] or [(-1, rider)]
+    memories = row.memories[-cfg["num_visible_memories"] :] or [(-1, rows_below)]
     previous_block, asking = memories[-1]
     if cfg["fam_query"] == "static" and row.memories:
         asking = row.static
     if cfg["fam_query"] in FROM_BELOW:
-        asking = rider
+        asking = rows_below
     query_block = previous_block if cfg["fam_query_position"] == "previous" else block
     q_f = project_query(asking, fam_positions(query_block, cfg, position_offset), weights, cfg)
     k_f, v_f = project_memories(memories, weights, cfg, position_offset)
@@ -338,15 +338,17 @@ def write_memory(row, rider, weights, cfg, position_offset):
         k_f, v_f = k_f + more[0], v_f + more[1]
     keys = np.stack(k_f + row.keys[block * s : (block + 1) * s])
     values = np.stack(v_f + row.values[block * s : (block + 1) * s])
-    # Riders keep their residual: they are the stream of the layer below.
+    # These rows keep their residual: they are the stream of the layer below.
     no_residual = row.fresh and row.memories and cfg["fam_query"] not in FROM_BELOW
     residual = np.zeros_like(asking) if no_residual else asking  # "FAM copy"
     written = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
-    new = rider if cfg["fam_query"] == "layer_inputs" else written
+    new = rows_below if cfg["fam_query"] == "layer_inputs" else written
     return update_memory(new, memories[-1][1], row.fresh, weights, cfg), written
 
 
-def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0, fresh=True, static=None, frozen=None):
+def layer(
+    x, weights, cfg, fam0=None, row=None, rows_below=None, position_offset=0.0, fresh=True, static=None, frozen=None
+):
     """One layer over the next tokens of one row: x [T, D], real tokens only -> (y [T, D], row, info).
 
     A stream starts with row=None and, if F > 0, with its memory fam0 [F, D]: F_0 of "prompt" or "prefix", or with
@@ -354,16 +356,16 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
     asks when fam_query="static", if that is not fam0. Without fam0, initial_fam="summary" starts with no memory.
     It goes on with the `row` that the last call returned (left as it is; fam0, fresh and static then do not matter).
 
-    rider [F, D] is what the layer below wrote for the first block (layer 0: the learned rows), used only in the call
-    in which the first block of a "summary" stream becomes full. With fam_query in FROM_BELOW it is what the layer below
+    rows_below [F, D] is what the layer below wrote for the first block (layer 0: the learned rows), used only in the
+    call in which the first block of a "summary" stream becomes full. With fam_query in FROM_BELOW it is what the layer below
     made of the rows in each block that becomes full in this call (a list), or the same [F, D] for all of them.
 
     frozen is the row that a recorded run over the same stream returned. Tokens then read keys and values of blocks
     earlier than their own from it, so that `gradient` sees what stop_memory_gradient=True leaves.
 
     info: "fam", the current memory [F, D] (None before a summary stream has one); "fams", the memories written in
-    this call; "rider", what the layer above gets: the memory written for the first block of a summary stream, if in
-    this call, else None; with fam_query in FROM_BELOW, what was made of the rows in each block, a list.
+    this call; "rows_below", what the layer above gets: the memory written for the first block of a summary stream, if
+    in this call, else None; with fam_query in FROM_BELOW, what was made of the rows in each block, a list.
     """
     s, with_fam = cfg["block_size"], cfg["fam_length"] > 0
     if row is None:
@@ -373,7 +375,7 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
         assert row.memories or not with_fam or cfg["initial_fam"] == "summary", "a stream starts from fam0 [F, D]"
     row = row.copy()
     anchored = cfg["fam_query"] in FROM_BELOW
-    outputs, fams, rider_out = [], [], [] if anchored else None
+    outputs, fams, rows_above = [], [], [] if anchored else None
     x = wide(x)
     while len(outputs) < len(x):
         visible = row.memories[-cfg["num_visible_memories"] :]
@@ -388,36 +390,38 @@ def layer(x, weights, cfg, fam0=None, row=None, rider=None, position_offset=0.0,
             outputs.append(token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen)[0])
             row.count += 1
         if with_fam and row.count == block_end:  # a partial last block writes no memory
-            assert row.memories or rider is not None, "a rider [F, D] is needed in the call that fills the first block"
-            rows = rider[len(fams)] if anchored and isinstance(rider, list) else rider
+            assert row.memories or rows_below is not None, (
+                "`rows_below` [F, D] is needed in the call that fills the first block"
+            )
+            rows = rows_below[len(fams)] if anchored and isinstance(rows_below, list) else rows_below
             fam, written = write_memory(row, rows, weights, cfg, position_offset)
             fams.append(fam)
             if anchored:
-                rider_out.append(written)
+                rows_above.append(written)
             elif not row.memories:
-                row.static, rider_out = rider, fam
+                row.static, rows_above = rows_below, fam
             row.memories.append((row.count // s - 1, fams[-1]))
             row.fresh = False
     y = np.array(outputs).reshape(x.shape)
-    return y, row, {"fam": row.memories[-1][1] if row.memories else None, "fams": fams, "rider": rider_out}
+    return y, row, {"fam": row.memories[-1][1] if row.memories else None, "fams": fams, "rows_below": rows_above}
 
 
-def batch_layer(x, padding_mask, weights, cfg, fam0=None, rows=None, rider=None, position_offset=0.0, fresh=True,
+def batch_layer(x, padding_mask, weights, cfg, fam0=None, rows=None, rows_below=None, position_offset=0.0, fresh=True,
                 static=None, frozen=None):  # fmt: skip
     """`layer` for every row of x [B, T, D] by itself -> (y [B, T, D], rows, infos), two lists of B.
 
-    Padding (padding_mask [B, T] False) does not exist: it is squeezed out before, and is 0 in y. fam0, rider, static
-    are shared [F, D] or one per row (a list of B, or [B, F, D]); offset and fresh are scalars or [B]; rows and frozen
+    Padding (padding_mask [B, T] False) does not exist: it is squeezed out before, and is 0 in y. fam0, rows_below,
+    static are shared [F, D] or one per row (a list of B, or [B, F, D]); offset and fresh are scalars or [B]; rows and frozen
     are lists of B.
     """
     x = wide(x)
     real = np.ones(x.shape[:2], dtype=bool) if padding_mask is None else np.asarray(padding_mask, dtype=bool)
-    fam0, rider, static = (per_row(value, len(x)) for value in (fam0, rider, static))
+    fam0, rows_below, static = (per_row(value, len(x)) for value in (fam0, rows_below, static))
     offsets, fresh = np.broadcast_to(position_offset, len(x)), np.broadcast_to(fresh, len(x))
     rows, frozen = rows or [None] * len(x), frozen or [None] * len(x)
     outputs, new_rows, infos = [], [], []
     for b in range(len(x)):
-        out, row, info = layer(x[b, real[b]], weights, cfg, fam0[b], rows[b], rider[b], offsets[b],
+        out, row, info = layer(x[b, real[b]], weights, cfg, fam0[b], rows[b], rows_below[b], offsets[b],
                                fresh[b], static[b], frozen[b])  # fmt: skip
         outputs.append(out)
         new_rows.append(row)
@@ -465,13 +469,15 @@ def model(tokens, weights, cfg_list, padding_mask=None, rows=None, passed=None, 
     passed = passed or [None] * batch
     x = weights["embedding"][np.where(real, tokens, 0)]
     learned = initial_memories(weights, cfg_list)
-    riders, fams, new_rows = per_row(weights.get("prompt"), batch), [], []
+    rows_below, fams, new_rows = per_row(weights.get("prompt"), batch), [], []
     for i, (layer_weights, cfg) in enumerate(zip(weights["layers"], cfg_list, strict=True)):
         fam0 = [learned[i] if memories is None else memories[i] for memories in passed]
         x, layer_rows, infos = batch_layer(
-            x, real, layer_weights, cfg, fam0, rows and rows[i], riders, position_offset,
+            x, real, layer_weights, cfg, fam0, rows and rows[i], rows_below, position_offset,
             [memories is None for memories in passed], learned[i], frozen and frozen[i])  # fmt: skip
-        riders = [info["rider"] for info in infos]  # of layers that did not fill the first block: None, and unused
+        rows_below = [
+            info["rows_below"] for info in infos
+        ]  # of layers that did not fill the first block: None, and unused
         none = np.zeros((cfg["fam_length"], x.shape[-1]))
         fams.append(np.stack([none if info["fam"] is None else info["fam"] for info in infos]))
         new_rows.append(layer_rows)

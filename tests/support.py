@@ -177,8 +177,8 @@ def oracle_inputs(cfg, fam0):
     """How the oracle is told the first memory of a block that stands alone."""
     if fam0 is None:
         return {}
-    inputs = {"rider": fam0} if cfg["initial_fam"] == "summary" else {"fam0": fam0}
-    return inputs | ({"rider": fam0} if cfg["fam_query"] == "anchored" else {})
+    inputs = {"rows_below": fam0} if cfg["initial_fam"] == "summary" else {"fam0": fam0}
+    return inputs | ({"rows_below": fam0} if cfg["fam_query"] == "anchored" else {})
 
 
 def numpy(x):
