@@ -320,7 +320,8 @@ def write_memory(row, rows_below, weights, cfg, position_offset):
 
     The rows attend to k_F of the visible memories and to the whole block, never to the memory segments. With
     initial_fam="summary" the first block has no memory yet: the rows from below take its place. With
-    fam_query="anchored" they ask, and are the residual, in every block; with "layer_inputs" they are also what is remembered.
+    fam_query="anchored" they ask, and are the residual, in every block; with "layer_inputs" they are also what is
+    remembered.
     """
     s = cfg["block_size"]
     block = row.count // s - 1
@@ -357,8 +358,8 @@ def layer(
     It goes on with the `row` that the last call returned (left as it is; fam0, fresh and static then do not matter).
 
     rows_below [F, D] is what the layer below wrote for the first block (layer 0: the learned rows), used only in the
-    call in which the first block of a "summary" stream becomes full. With fam_query in FROM_BELOW it is what the layer below
-    made of the rows in each block that becomes full in this call (a list), or the same [F, D] for all of them.
+    call in which the first block of a "summary" stream becomes full. With fam_query in FROM_BELOW it is what the layer
+    below made of the rows in each block that becomes full in this call (a list), or the same [F, D] for all of them.
 
     frozen is the row that a recorded run over the same stream returned. Tokens then read keys and values of blocks
     earlier than their own from it, so that `gradient` sees what stop_memory_gradient=True leaves.
@@ -411,8 +412,8 @@ def batch_layer(x, padding_mask, weights, cfg, fam0=None, rows=None, rows_below=
     """`layer` for every row of x [B, T, D] by itself -> (y [B, T, D], rows, infos), two lists of B.
 
     Padding (padding_mask [B, T] False) does not exist: it is squeezed out before, and is 0 in y. fam0, rows_below,
-    static are shared [F, D] or one per row (a list of B, or [B, F, D]); offset and fresh are scalars or [B]; rows and frozen
-    are lists of B.
+    static are shared [F, D] or one per row (a list of B, or [B, F, D]); offset and fresh are scalars or [B]; rows and
+    frozen are lists of B.
     """
     x = wide(x)
     real = np.ones(x.shape[:2], dtype=bool) if padding_mask is None else np.asarray(padding_mask, dtype=bool)
