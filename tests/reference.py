@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import reference_experts
 
 FROM_BELOW = ("anchored", "layer_inputs")  # fam_query: the rows of the layer below write (not the paper's)
 DEFAULTS = {
@@ -42,6 +43,7 @@ DEFAULTS = {
     "use_attention_bias": False,
     "use_output_bias": False,
     "use_feedforward_bias": False,
+    "feed_forward": None,  # a dict: a mixture of experts, see `reference_experts`
     "query_key_norm": None,  # "rms_norm"
     "query_key_norm_epsilon": None,  # None: norm_epsilon
     "use_post_norm": False,
@@ -66,7 +68,10 @@ def random_weights(cfg, hidden_dim, rng, scale=0.3):
     d, n, h, m = hidden_dim, cfg["num_query_heads"], cfg["head_dim"], cfg["intermediate_dim"]
     k = cfg["num_key_value_heads"] or n
     shapes = {"query_kernel": (d, n, h), "key_kernel": (d, k, h), "value_kernel": (d, k, h), "output_kernel": (n, h, d)}
-    shapes |= ({"gate_kernel": (d, m)} if cfg["gated"] else {}) | {"up_kernel": (d, m), "down_kernel": (m, d)}
+    if cfg["feed_forward"] is not None:
+        shapes |= reference_experts.shapes(cfg["feed_forward"], d)
+    else:
+        shapes |= ({"gate_kernel": (d, m)} if cfg["gated"] else {}) | {"up_kernel": (d, m), "down_kernel": (m, d)}
     if cfg["use_attention_bias"]:
         shapes |= {"query_bias": (n, h), "key_bias": (k, h), "value_bias": (k, h)}
     if cfg["use_output_bias"]:
@@ -140,6 +145,8 @@ ACTIVATIONS = {
 
 def feed_forward(x, weights, cfg):
     """FF of x [R, D], already normalised -> [R, D]: act(gate(x)) * up(x) -> down, or act(up(x)) -> down."""
+    if cfg["feed_forward"] is not None:
+        return reference_experts.mixture(x, weights, cfg["feed_forward"])
     act = ACTIVATIONS[cfg["activation"]]
     up = x @ weights["up_kernel"] + weights.get("up_bias", 0.0)
     hidden = act(x @ weights["gate_kernel"] + weights.get("gate_bias", 0.0)) * up if cfg["gated"] else act(up)

@@ -70,6 +70,10 @@ VARIANTS = {
     "layer_norm_biases": {"norm": "layer_norm", "use_attention_bias": True, "use_output_bias": True,
                           "use_feedforward_bias": True, "gated": False},
     "gelu": {"activation": "gelu"},
+    "experts": {"feed_forward": {"num_experts": 5, "intermediate_dim": 6, "top_k": 3, "normalize": False,
+                "shared_intermediate_dim": 7}, "fam_query": "anchored"},
+    "clamped_experts": {"feed_forward": {"num_experts": 3, "intermediate_dim": 6, "swiglu_limit": 0.7,
+                        "use_bias": True}, "initial_fam": "summary"},
     "no_rope": {"rope_wavelength": None},
     "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3_rope": {"rope_wavelength": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
@@ -110,6 +114,8 @@ def make(variant=None, dtype="float32", seed=0, hidden_dim=HIDDEN_DIM, **setting
     if static := settings.get("fam_query") == "static":
         settings.pop("fam_query")
     settings["memory_update"] = UPDATES.get(cfg["memory_update"], cfg["memory_update"])
+    if cfg["feed_forward"]:
+        settings["feed_forward"] = keras_fam.MixtureOfExperts(**cfg["feed_forward"], dtype=dtype)
     block_class = keras_fam.baselines.SummaryFAMBlock if static else keras_fam.TransformerFAMBlock
     block = block_class(**settings, dtype=dtype)
     block.build((None, None, hidden_dim))
@@ -144,7 +150,7 @@ def variables_by_name(block):
         "feedforward_norm": block.feedforward_norm, "post_attention_norm": block.post_attention_norm,
         "post_feedforward_norm": block.post_feedforward_norm, "gate": block.gate, "up": block.up, "down": block.down,
     }  # fmt: skip
-    parts["update"] = block.attention.memory_update
+    parts |= {"update": block.attention.memory_update, "experts": block.feed_forward}
     found = {}
     for name, layer in parts.items():
         for variable in [] if layer is None else layer.weights:
