@@ -104,6 +104,26 @@ def phi3(rng):
     return "Phi3", sizes(rng, **rope(rng), **epsilon(rng))
 
 
+def mixtral(rng):
+    more = {"sliding_window": int(rng.choice([3, 7])), "num_experts": 4, "top_k": int(rng.choice([1, 2]))}
+    return "Mixtral", sizes(rng, **rope(rng), **epsilon(rng), **more)
+
+
+def qwen_moe(rng):
+    experts = {"moe_intermediate_dim": 12, "num_experts": 4, "top_k": int(rng.choice([1, 3]))}
+    experts |= {"norm_top_k_prob": bool(rng.integers(2)), "shared_expert_intermediate_dim": 20}
+    window = {"use_sliding_window_attention": bool(rng.integers(2)), "sliding_window_size": int(rng.choice([3, 7]))}
+    experts |= {"tie_word_embeddings": bool(rng.integers(2)), "rope_scaling_factor": float(rng.choice([1, 4]))}
+    return "QwenMoe", sizes(rng, **rope(rng), **epsilon(rng), **experts, **window)
+
+
+def qwen3_moe(rng):
+    experts = {"moe_intermediate_dim": 12, "num_experts": 4, "top_k": int(rng.choice([1, 3]))}
+    experts |= {"norm_top_k_prob": bool(rng.integers(2)), "mlp_only_layers": [[], [0], [1]][rng.integers(3)]}
+    more = {"sliding_window_size": [None, 3, 7][rng.integers(3)], "head_dim": int(rng.choice([4, 8]))}
+    return "Qwen3Moe", sizes(rng, **rope(rng), **epsilon(rng), **experts, **more)
+
+
 def smollm3(rng):
     fields = sizes(rng, **epsilon(rng))
     heads, layers = fields.pop("num_query_heads"), 3
@@ -124,15 +144,16 @@ def smollm3(rng):
 
 FAMILIES = {"Llama": llama, "Llama 3 (RoPE bands)": llama3, "SmolLM (tied)": smollm, "Mistral": mistral,
             "Qwen 2, 2.5": qwen, "Qwen 3": qwen3, "Gemma 1": gemma, "Gemma 2": gemma2, "Gemma 3 (text)": gemma3,
-            "Phi 3": phi3, "SmolLM 3": smollm3}  # fmt: skip
+            "Phi 3": phi3, "SmolLM 3": smollm3, "Mixtral": mixtral, "Qwen 1.5 MoE": qwen_moe,
+            "Qwen 3 MoE": qwen3_moe}  # fmt: skip
 
 
 @contextlib.contextmanager
 def windows_kept():
-    """KerasHub 0.32 ignores the sliding window of Qwen 2 and 3 with fused attention (JAX, torch): turns it off."""
+    """KerasHub 0.32 ignores the sliding window of Qwen models with fused attention (JAX, torch): turns it off."""
     with contextlib.ExitStack() as stack:
-        for name in ("qwen.qwen_attention", "qwen3.qwen3_attention"):
-            target = f"keras_hub.src.models.{name}.fused_attention_op_available"
+        for name in ("qwen", "qwen3", "qwen_moe", "qwen3_moe"):
+            target = f"keras_hub.src.models.{name}.{name}_attention.fused_attention_op_available"
             stack.enter_context(mock.patch(target, lambda: False))
         yield
 
@@ -182,7 +203,9 @@ def measure(family, seed):
     back = keras_fam.hub.to_keras_hub(here, type(there))
     found["back"] = difference(logits(back, tokens()), expected)
     if all(block.attention.attention_window for block in here.backbone.blocks):
-        streamed = keras_fam.hub.convert(there, block_size=LENGTH // 4, memory_segments=2, fam_length=0)
+        streamed = keras_fam.hub.convert(
+            there, block_size=LENGTH // 4, memory_segments=2, fam_length=0, attention_sinks=0
+        )
         found["four blocks"] = difference(logits(streamed, tokens()), expected)
     return {"fields": fields, "differences": found}
 

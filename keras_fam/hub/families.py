@@ -5,8 +5,10 @@ newer KerasHub cannot slip in a feature that these layers lack. Where KerasHub's
 (Gemma's layers keep their own epsilon, Qwen 3's query and key norms too), the built layer is read, not the field.
 """
 
+from keras_fam.hub.experts import MIXTRAL, QWEN3_MOE, QWEN_MOE
 from keras_fam.hub.family import COMMON, READ, Family, Only, Unused, linear, linear_factor
 from keras_fam.hub.gemma import GEMMA, GEMMA3
+from keras_fam.hub.layouts import FLAT_HEADS
 
 # Llama, Llama 3, SmolLM ---------------------------------------------------------------------------------------------
 
@@ -241,8 +243,8 @@ SMOLLM3 = Family(
     write=write_smollm3,
     weights={
         "attention_norm.scale": "input_layernorm.scale",
-        **{f"attention.{n}.kernel": (f"self_attn.{n[0]}_proj.kernel", "flat_heads") for n in ("query", "key", "value")},
-        **{f"attention.{n}.bias": (f"self_attn.{n[0]}_proj.bias", "flat_heads") for n in ("query", "key", "value")},
+        **{f"attention.{n}.kernel": (f"self_attn.{n[0]}_proj.kernel", FLAT_HEADS) for n in ("query", "key", "value")},
+        **{f"attention.{n}.bias": (f"self_attn.{n[0]}_proj.bias", FLAT_HEADS) for n in ("query", "key", "value")},
         "attention.output_projection.kernel": "self_attn.o_proj.kernel",
         "feedforward_norm.scale": "post_attention_layernorm.scale",
         **{f"{n}.kernel": f"mlp.{n}_proj.kernel" for n in ("gate", "up", "down")},
@@ -253,4 +255,4 @@ SMOLLM3 = Family(
     final_norm="norm",
 )
 
-FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3, SMOLLM3)
+FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3, SMOLLM3, MIXTRAL, QWEN_MOE, QWEN3_MOE)

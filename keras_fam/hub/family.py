@@ -11,6 +11,7 @@ PLAIN = {
     "norm_epsilon": 1e-6,
     "use_post_norm": False,
     "use_feedforward_bias": False,
+    "feed_forward": None,
     "use_attention_bias": False,
     "use_output_bias": False,
     "query_key_norm": None,
@@ -57,7 +58,7 @@ class Family:
         fixed: settings that all its models share, where they are not `PLAIN`.
         read: `(backbone, layer) -> settings` of one built layer.
         write: `(settings of each layer) -> fields`, for the fields that `read` takes care of.
-        weights: weight of our block to the weight of its layer; a pair adds the name of a layout (`weights.LAYOUTS`).
+        weights: weight of our block to the weight of its layer; a pair adds a `Layout`.
         rotation: where a layer keeps its rotary embedding. Weights in it follow from the fields.
         rotates: where a layer keeps whether it rotates; None if all layers do.
         final_norm: where the backbone keeps its last norm.
