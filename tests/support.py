@@ -76,6 +76,12 @@ VARIANTS = {
                         "use_bias": True}, "initial_fam": "summary"},
     "no_rope": {"rope_wavelength": None},
     "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "yarn_rope": {"head_dim": 8, "rope_wavelength": 150.0, "rope_scaling": {"type": "yarn", "factor": 4.0,
+                  "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": False}},
+    "partial_rotation": {"head_dim": 6, "rotary_dim": 4, "num_visible_memories": 2, "attention_sinks": 2},
+    "softmax_sink": {"softmax_sink": True, "fam_gate": -1.0, "attention_sinks": 2},
+    "softmax_sink_bswa": {"softmax_sink": True, "fam_length": 0, "attention_softcap": 2.0},
+    "parallel_residual": {"parallel_residual": True, "use_post_norm": True, "norm": "layer_norm"},
     "llama3_rope": {"rope_wavelength": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
 }  # fmt: skip
@@ -157,6 +163,8 @@ def variables_by_name(block):
             if variable.name != "noise_scale":
                 kind = {"gamma": "scale", "beta": "bias"}.get(variable.name, variable.name)
                 found[f"{name}_{kind}"] = variable
+    if block.attention.softmax_sink_logit is not None:
+        found["softmax_sink"] = block.attention.softmax_sink_logit
     if block.attention.gate_bias is not None:
         found["fam_gate"] = block.attention.gate_bias
     return found

@@ -165,7 +165,7 @@ def _step(layer, memory, x, project, sinks):
         visible = x["visible"]
         mask = ops.concatenate([visible, ops.ones((ops.shape(visible)[0], attention.block_size), "bool")], axis=1)
         mask = ops.expand_dims(mask, 1)
-    attended = attend(query, key, value, mask, attention.attention_softcap)
+    attended = attend(query, key, value, mask, **attention.softmax_settings)
     written = layer.memory_output(attended, residual, seed)
     new = residual if attention.fam_query == "layer_inputs" else written
     fam = attention.memory_update.call(new, memory.fam, seed=fold_in(seed, 3), fresh=x.get("fresh"))

@@ -41,14 +41,16 @@ class TransformerFAMBlock(RecurrentLayer):
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
         attention_window, attention_sinks, num_visible_memories, initial_fam, fam_query, memory_update, fam_gate,
-            fam_position, fam_query_position, stop_memory_gradient, rope_wavelength, rope_scaling, attention_scale,
-            attention_softcap, use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see
-            `FeedbackAttention`. The epsilon defaults to `norm_epsilon`.
+            fam_position, fam_query_position, stop_memory_gradient, rope_wavelength, rotary_dim, rope_scaling,
+            attention_scale, attention_softcap, softmax_sink, use_attention_bias, use_output_bias, query_key_norm,
+            query_key_norm_epsilon: see `FeedbackAttention`. The epsilon defaults to `norm_epsilon`.
         activation: any Keras activation.
         gated: whether the feed-forward part is `down(activation(gate(x)) * up(x))` or `down(activation(up(x)))`.
         norm: `"rms_norm"`, `"offset_rms_norm"` (multiplies by 1 + scale: Gemma) or `"layer_norm"`.
         norm_epsilon: epsilon of the norms.
         use_post_norm: whether attention and feed-forward outputs are normed before they are added (Gemma 2).
+        parallel_residual: whether the feed-forward part reads the residual itself, the layer's input, so that both
+            parts are added to it at once (GPT-NeoX, arXiv 2204.06745), in place of one after the other.
         use_feedforward_bias: whether the feed-forward part has biases.
         feed_forward: None, or any Keras layer in the place of the feed-forward part, such as
             `keras_fam.MixtureOfExperts` (or its config): `[B, T, D]` to `[B, T, D]`, each row by itself, without a
@@ -68,8 +70,8 @@ class TransformerFAMBlock(RecurrentLayer):
     """
 
     SETTINGS = (
-        "intermediate_dim", "activation", "gated", "norm", "norm_epsilon", "use_post_norm", "use_feedforward_bias",
-        "feed_forward", "dropout",
+        "intermediate_dim", "activation", "gated", "norm", "norm_epsilon", "use_post_norm", "parallel_residual",
+        "use_feedforward_bias", "feed_forward", "dropout",
     )  # fmt: skip
 
     def __init__(
@@ -93,9 +95,11 @@ class TransformerFAMBlock(RecurrentLayer):
         fam_query_position: str = "previous",
         stop_memory_gradient: bool = False,
         rope_wavelength: float | None = 10_000.0,
+        rotary_dim: int | None = None,
         rope_scaling: dict | None = None,
         attention_scale: float | None = None,
         attention_softcap: float | None = None,
+        softmax_sink: bool = False,
         use_attention_bias: bool = False,
         use_output_bias: bool = False,
         query_key_norm: str | None = None,
@@ -105,6 +109,7 @@ class TransformerFAMBlock(RecurrentLayer):
         norm: str = "rms_norm",
         norm_epsilon: float = 1e-6,
         use_post_norm: bool = False,
+        parallel_residual: bool = False,
         use_feedforward_bias: bool = False,
         feed_forward=None,
         dropout: float = 0.0,
@@ -128,6 +133,7 @@ class TransformerFAMBlock(RecurrentLayer):
         self.norm = norm
         self.norm_epsilon = norm_epsilon
         self.use_post_norm = use_post_norm
+        self.parallel_residual = parallel_residual
         self.use_feedforward_bias = use_feedforward_bias
         self.feed_forward = feed_forwards.get(feed_forward, self.dtype_policy)
         self.dropout = dropout
@@ -200,12 +206,12 @@ class TransformerFAMBlock(RecurrentLayer):
         if self.post_attention_norm is not None:
             attended = run(self.post_attention_norm, attended)
         attended = dropout(attended, self.dropout, seed)
-        x = x + ops.cast(attended, x.dtype)
-        y = self.apply_feed_forward(run(self.feedforward_norm, x))
+        attended = x + ops.cast(attended, x.dtype)
+        y = self.apply_feed_forward(run(self.feedforward_norm, x if self.parallel_residual else attended))
         if self.post_feedforward_norm is not None:
             y = run(self.post_feedforward_norm, y)
         y = dropout(y, self.dropout, fold_in(seed, 1))
-        return x + ops.cast(y, x.dtype)
+        return attended + ops.cast(y, x.dtype)
 
     memory_output = token_output  # Alg. 2: the memory passes the layer's own weights
 

@@ -94,6 +94,8 @@ def weight_shapes(settings: dict) -> dict:
         for name in ("gate", "up") if settings.get("gated", True) else ("up",):
             block |= dense(name, (D, M), (M,), "use_feedforward_bias")
         block |= dense("down", (M, D), (D,), "use_feedforward_bias")
+    if settings.get("softmax_sink"):
+        block["attention/softmax_sink"] = (N,)
     if F:
         update = memory_updates.get(settings.get("memory_update", "residual"))
         update.build((None, F, D))

@@ -66,12 +66,13 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         fam_gate: None (the paper's form), or where a learned bias on reading the memory starts, one per layer and query
             head; `float("-inf")` closes the memory. See `FeedbackAttention`.
         attention_window, attention_sinks, num_visible_memories, fam_position, fam_query_position, stop_memory_gradient,
-            rope_wavelength, rope_scaling, attention_scale, attention_softcap, use_attention_bias, use_output_bias,
-            query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
+            rope_wavelength, rotary_dim, rope_scaling, attention_scale, attention_softcap, softmax_sink,
+            use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
         feed_forward: None, or any Keras layer in the place of the feed-forward part, of which each layer gets a copy
             with weights of its own (or a layer's config; layers that differ: `layer_settings`). See
             `TransformerFAMBlock` and `MixtureOfExperts`.
-        activation, gated, norm, norm_epsilon, use_post_norm, use_feedforward_bias, dropout: see `TransformerFAMBlock`.
+        activation, gated, norm, norm_epsilon, use_post_norm, parallel_residual, use_feedforward_bias, dropout: see
+            `TransformerFAMBlock`.
         embedding_scale: None, or a factor of the token embeddings (Gemma).
         tie_weights: whether the output head is the transposed embedding.
         logit_softcap: None, or the soft cap of the logits (Gemma 2).
@@ -127,9 +128,11 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         stop_memory_gradient: bool = False,
         # the Transformer layer
         rope_wavelength: float | None = 10_000.0,
+        rotary_dim: int | None = None,
         rope_scaling: dict | None = None,
         attention_scale: float | None = None,
         attention_softcap: float | None = None,
+        softmax_sink: bool = False,
         use_attention_bias: bool = False,
         use_output_bias: bool = False,
         query_key_norm: str | None = None,
@@ -139,6 +142,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         norm: str = "rms_norm",
         norm_epsilon: float = 1e-6,
         use_post_norm: bool = False,
+        parallel_residual: bool = False,
         use_feedforward_bias: bool = False,
         feed_forward=None,
         dropout: float = 0.0,
