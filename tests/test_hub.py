@@ -15,7 +15,7 @@ streaming_llm = importlib.import_module("examples.verification.streaming_llm")
 WINDOWED = ("Mistral", "Qwen 2, 2.5", "Qwen 3", "Gemma 2", "Gemma 3 (text)")
 CASES = [(family, 0) for family in hub_families.FAMILIES] + [(family, 1) for family in WINDOWED] + [("SmolLM 3", 3)]
 CASES += [("Qwen 3 MoE", 2)]  # experts in both layers; in one of them with seed 0
-JOINED = ("Qwen 1.5 MoE", "Qwen 3 MoE")  # several weights here are one there
+JOINED = ("Qwen 1.5 MoE", "Qwen 3 MoE", "GPT-NeoX", "GPT-OSS")  # several weights here are one there
 
 
 @pytest.mark.parametrize("family, seed", CASES)
@@ -139,6 +139,29 @@ def test_layers_that_rotate_and_layers_that_do_not(rotated):
     whole = hub_families.logits(model, hub_families.tokens())
     equal(hub_families.logits(lm, hub_families.tokens()), whole)
     equal(hub_families.logits(hub.to_keras_hub(lm, type(model)), hub_families.tokens()), whole)
+
+
+@pytest.mark.parametrize("share, width", [(0.25, 2), (0.5, 4), (0.8, 6), (1.0, None)])
+def test_a_part_of_each_head_is_rotated(share, width):
+    model, _ = hub_families.source("GPT-NeoX", 0, rotary_percentage=share)
+    lm = hub.convert(model, **WINDOW, fam_length=0)
+    assert {block.attention.rotary_dim for block in lm.backbone.blocks} == {width}
+    whole = hub_families.logits(model, hub_families.tokens())
+    equal(hub_families.logits(lm, hub_families.tokens()), whole)
+    equal(hub_families.logits(hub.to_keras_hub(lm, type(model)), hub_families.tokens()), whole)
+
+
+@pytest.mark.parametrize("factor", [1.0, 32.0])
+def test_gpt_oss_has_windows_in_every_other_layer_and_the_temperature_of_yarn(factor):
+    """KerasHub's window counts the tokens before a query's own."""
+    model, _ = hub_families.source(
+        "GPT-OSS", 0, hidden_dim=16, head_dim=4, sliding_window=4, rope_scaling_factor=factor
+    )
+    settings = [block.attention for block in hub.convert(model, **WINDOW, fam_length=2).backbone.blocks]
+    assert [attention.attention_window for attention in settings] == [None, 5]
+    scale = None if factor == 1 else (0.1 * np.log(32.0) + 1) ** 2 / 2
+    assert settings[0].attention_scale == (scale and pytest.approx(scale))
+    assert not hub.memory_weights(hub.convert(model.backbone, **WINDOW, fam_length=0)), "a softmax sink is no memory"
 
 
 def test_the_first_memory_is_drawn_from_ordinary_tokens():

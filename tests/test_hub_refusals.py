@@ -31,7 +31,7 @@ def test_every_causal_model_is_converted_or_refused_with_a_reason():
         if issubclass(task, models.CausalLM) and task.backbone_cls and not issubclass(task, models.Seq2SeqLM):
             name = task.backbone_cls.__name__
             assert (name in converted) != (name in REASONS), name
-            assert f"`{name}`" in guide, name
+            assert f"`{name}`" in guide and REASONS.get(name, "") in guide, name
 
 
 def test_fields_without_a_place_are_refused_by_name(monkeypatch):
@@ -107,6 +107,10 @@ def test_experts_need_a_class_that_has_them():
         hub.to_keras_hub(experts, models.LlamaCausalLM)
     with pytest.raises(ValueError, match=r"has a mixture of experts in its layers .*; the model has None"):
         hub.to_keras_hub(plain, models.MixtralCausalLM)
+    with pytest.raises(
+        ValueError, match=r"feed_forward=MixtureOfExperts\(.* use_bias=True.* has MixtureOfExperts\(.*=False"
+    ):
+        hub.to_keras_hub(experts, models.GptOssCausalLM)
     with pytest.raises(ValueError, match="`router_jitter_noise` of MixtralBackbone must be 0"):
         hub.convert(hub_families.source("Mixtral", 0, router_jitter_noise=0.1)[0], **WINDOW, fam_length=2)
     with pytest.raises(ValueError, match="is a layer of its own"):

@@ -124,6 +124,21 @@ def qwen3_moe(rng):
     return "Qwen3Moe", sizes(rng, **rope(rng), **epsilon(rng), **experts, **more)
 
 
+def gpt_neox(rng):
+    fields = sizes(rng, layer_norm_epsilon=float(rng.choice([1e-5, 1e-3])))
+    for name in ("num_query_heads", "num_key_value_heads"):
+        fields.pop(name)
+    fields |= {"num_heads": 2, "hidden_dim": 16}
+    more = {"rotary_percentage": float(rng.choice([0.25, 0.5, 1.0]))}
+    return "GPTNeoX", {**fields, **more, "rotary_max_wavelength": float(rng.choice([100.0, 10_000.0]))}
+
+
+def gpt_oss(rng):
+    experts = {"num_experts": 4, "top_k": int(rng.choice([2, 3])), "head_dim": int(rng.choice([4, 8]))}
+    more = {"sliding_window": int(rng.choice([3, 7])), "rope_scaling_factor": float(rng.choice([1.0, 32.0]))}
+    return "GptOss", sizes(rng, **rope(rng), **epsilon(rng), **experts, **more)
+
+
 def smollm3(rng):
     fields = sizes(rng, **epsilon(rng))
     heads, layers = fields.pop("num_query_heads"), 3
@@ -144,8 +159,8 @@ def smollm3(rng):
 
 FAMILIES = {"Llama": llama, "Llama 3 (RoPE bands)": llama3, "SmolLM (tied)": smollm, "Mistral": mistral,
             "Qwen 2, 2.5": qwen, "Qwen 3": qwen3, "Gemma 1": gemma, "Gemma 2": gemma2, "Gemma 3 (text)": gemma3,
-            "Phi 3": phi3, "SmolLM 3": smollm3, "Mixtral": mixtral, "Qwen 1.5 MoE": qwen_moe,
-            "Qwen 3 MoE": qwen3_moe}  # fmt: skip
+            "Phi 3": phi3, "SmolLM 3": smollm3, "GPT-NeoX": gpt_neox, "Mixtral": mixtral, "Qwen 1.5 MoE": qwen_moe,
+            "Qwen 3 MoE": qwen3_moe, "GPT-OSS": gpt_oss}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -165,7 +180,7 @@ def source(family, seed=0, **fields):
     found = {**found, **fields}
     backbone = getattr(keras_hub.models, f"{name}Backbone")(**found)
     for v in backbone.trainable_weights:
-        around_one = v.name == "scale" and not name.startswith("Gemma")
+        around_one = v.name in ("scale", "gamma") and not name.startswith("Gemma")
         v.assign(rng.normal(float(around_one), 0.3, v.shape).astype("float32"))
     return getattr(keras_hub.models, f"{name}CausalLM")(backbone=backbone, preprocessor=None), found
 

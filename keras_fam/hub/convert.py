@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-from keras_fam.hub.experts import experts_of
+from keras_fam.hub.experts import describe, experts_of
 from keras_fam.hub.family import PLAIN
 from keras_fam.hub.source import (
     check_fields,
@@ -109,8 +109,8 @@ def convert(
 
     Args:
         source: a backbone or a CausalLM of KerasHub: Llama, Llama 3 (SmolLM is a Llama), Mistral, Qwen (2, 2.5),
-            Qwen 3, Gemma (1, 2), Gemma 3 (text), Phi 3, SmolLM 3, Mixtral, Qwen 1.5 MoE or Qwen 3 MoE. Objects of
-            `keras_nlp` are the same.
+            Qwen 3, Gemma (1, 2), Gemma 3 (text), Phi 3, SmolLM 3, GPT-NeoX, Mixtral, Qwen 1.5 MoE, Qwen 3 MoE or
+            GPT-OSS. Objects of `keras_nlp` are the same.
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
@@ -251,8 +251,9 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
         for key, value in wanted.items():
             if not _same(key, value, block[key]):
                 raise ValueError(
-                    f"{backbone_class.__name__} would have {key}={value!r} in layer {i} where the model has "
-                    f"{block[key]!r}. Use the class of another family, or pass the constructor field that sets it."
+                    f"{backbone_class.__name__} would have {key}={describe(value)} in layer {i} where the model "
+                    f"has {describe(block[key])}. Use the class of another family, or pass the constructor field that "
+                    "sets it."
                 )
     copy(pairs(backbone, made, family), back=True)
     if not is_task:

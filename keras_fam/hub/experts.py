@@ -22,6 +22,14 @@ def experts_of(layer):
     return None if layer is None else feed_forwards.serialize(layer, layer.dtype_policy)
 
 
+def describe(value):
+    """A setting in an error message: of a layer with experts, what makes it different from another one."""
+    if not isinstance(value, dict) or value.get("class_name") != MixtureOfExperts.__name__:
+        return repr(value)
+    settings = ", ".join(f"{name}={value['config'][name]!r}" for name in MixtureOfExperts.SETTINGS)
+    return f"{MixtureOfExperts.__name__}({settings})"
+
+
 def write_experts(layers, **names):
     """Fields of a source whose layers have equal experts, and the numbers of the layers without.
 
@@ -37,15 +45,15 @@ def write_experts(layers, **names):
         if record != found[0][1]:
             raise ValueError(
                 f"All experts of a KerasHub model are alike; layers {found[0][0]} and {i} of the model differ in "
-                "`feed_forward`."
+                "`feed_forward`. Convert a model with equal experts."
             )
-    if not found or found[0][1].get("class_name") != MixtureOfExperts.__name__:
+    record = found[0][1] if found else None
+    if record is None or record.get("class_name") != MixtureOfExperts.__name__:
         raise ValueError(
             "The class of KerasHub has a mixture of experts in its layers (keras_fam.MixtureOfExperts as their "
-            f"`feed_forward`); the model has {found[0][1] if found else None}. Use the class of another family."
+            f"`feed_forward`); the model has {describe(record)}. Use the class of another family."
         )
-    config = found[0][1]["config"]
-    with_experts = {i for i, _ in found}
+    config, with_experts = record["config"], {i for i, _ in found}
     return {field: config[name] for field, name in names.items()}, sorted({*range(len(layers))} - with_experts)
 
 

@@ -8,6 +8,8 @@ newer KerasHub cannot slip in a feature that these layers lack. Where KerasHub's
 from keras_fam.hub.experts import MIXTRAL, QWEN3_MOE, QWEN_MOE
 from keras_fam.hub.family import COMMON, READ, Family, Only, Unused, linear, linear_factor
 from keras_fam.hub.gemma import GEMMA, GEMMA3
+from keras_fam.hub.gpt_neox import GPT_NEOX
+from keras_fam.hub.gpt_oss import GPT_OSS
 from keras_fam.hub.layouts import FLAT_HEADS
 
 # Llama, Llama 3, SmolLM ---------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ SMOLLM3 = Family(
         "layer_norm_epsilon": "norm_epsilon",
         "max_position_embeddings": Unused(65_536),
         "rope_theta": READ,
-        "partial_rotary_factor": Only(1.0, "a layer rotates whole heads here, or nothing"),
+        "partial_rotary_factor": Only(1.0, "KerasHub's layers fail with another value"),
     },
     fixed={"tie_weights": True},
     read=read_smollm3,
@@ -255,4 +257,4 @@ SMOLLM3 = Family(
     final_norm="norm",
 )
 
-FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3, SMOLLM3, MIXTRAL, QWEN_MOE, QWEN3_MOE)
+FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3, SMOLLM3, GPT_NEOX, MIXTRAL, QWEN_MOE, QWEN3_MOE, GPT_OSS)

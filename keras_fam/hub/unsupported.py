@@ -10,10 +10,10 @@ REASONS = {
     "BloomBackbone": ALIBI,
     "FalconBackbone": ALIBI,
     "GPT2Backbone": POSITIONS,
-    "GPTNeoXBackbone": "its attention and feed-forward part work in parallel, and it rotates a part of each head only",
-    "Gemma3nBackbone": "it keeps several residual streams (AltUp) and mixes in embeddings of each layer",
-    "Gemma4Backbone": "its layers share keys and values, its global layers have heads of another width",
-    "GptOssBackbone": "its softmax has learned sinks, and its feed-forward part is a mixture of experts",
+    "Gemma3nBackbone": "every layer of it keeps several residual streams (AltUp), has a low-rank branch beside attention "
+    "(LAuReL) and mixes in embeddings of its own",
+    "Gemma4Backbone": "every layer of it norms its values and scales its output; released sizes also share keys and "
+    "values between layers, or have heads of another width in global layers",
     "MoonshineBackbone": "it reads audio, and a stream reads token ids",
     "OPTBackbone": POSITIONS,
     "PARSeqBackbone": MEDIA,

@@ -44,7 +44,8 @@ def pairs(backbone, source, family):
     if not backbone.tie_weights:
         name = "token_embedding.reverse_embeddings"
         found.append(_pair(name, backbone, name, source))
-    found.append(_pair("final_norm.scale", backbone, f"{family.final_norm}.scale", source))
+    for name in ("gamma", "beta") if backbone.blocks[0].norm == "layer_norm" else ("scale",):
+        found.append(_pair(f"final_norm.{name}", backbone, f"{family.final_norm}.{name}", source))
     for i, (block, layer) in enumerate(zip(backbone.blocks, source.transformer_layers, strict=True)):
         for path, theirs in family.weights.items():
             theirs, layout = (theirs, SAME) if isinstance(theirs, str) else theirs
