@@ -10,8 +10,8 @@ REASONS = {
     "BloomBackbone": ALIBI,
     "FalconBackbone": ALIBI,
     "GPT2Backbone": POSITIONS,
-    "Gemma3nBackbone": "every layer of it keeps several residual streams (AltUp), has a low-rank branch beside attention "
-    "(LAuReL) and mixes in embeddings of its own",
+    "Gemma3nBackbone": "every layer of it keeps several residual streams (AltUp), has a low-rank branch beside "
+    "attention (LAuReL) and mixes in embeddings of its own",
     "Gemma4Backbone": "every layer of it norms its values and scales its output; released sizes also share keys and "
     "values between layers, or have heads of another width in global layers",
     "MoonshineBackbone": "it reads audio, and a stream reads token ids",
