@@ -2,10 +2,11 @@
 
 import importlib
 
+import hub_lines
 import keras
 import numpy as np
 import pytest
-from hub_support import WINDOW, equal, hub_families, models, numpy, small, source
+from hub_support import TOLERANCE, WINDOW, equal, hub_families, models, numpy, small, source
 
 import keras_fam
 from keras_fam import hub
@@ -118,6 +119,16 @@ def test_sinks_are_those_of_an_independent_streaming_llm():
         lm = keras_fam.TransformerFAMCausalLM(ours)
         lm.build()
         equal(hub_families.logits(lm, ids[None])[0], expected)
+
+
+@pytest.mark.parametrize(
+    "family, line", [("Qwen 3", "FAM, as `convert` makes it"), ("Gemma 3 (text)", "BSWA, 4 sinks")]
+)
+def test_a_converted_model_reads_on_as_the_oracle_does(family, line):
+    """Over five blocks, in one call and in chunks; more in `hub_lines.py`."""
+    found = hub_lines.measure(family, 0, line)
+    assert set(found) == {"logits", "oracle", "chunks", "block 1"} and found.pop("logits") > 1
+    assert max(found.values()) <= TOLERANCE, f"{keras.backend.backend()}: {found}"
 
 
 def test_local_and_global_layers_keep_their_own_window_and_rotation():
