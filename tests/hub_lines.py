@@ -9,7 +9,6 @@ KerasHub in that block.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -109,7 +108,7 @@ def main():
             "keras_hub": hub_families.keras_hub.__version__,
             "differences": results,
         }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.write_text(hub_families.as_json(record, "differences"))
 
 
 if __name__ == "__main__":

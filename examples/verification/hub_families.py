@@ -225,6 +225,16 @@ def measure(family, seed):
     return {"fields": fields, "differences": found}
 
 
+def as_json(record, last):
+    """JSON with one configuration a line: `record[last]` is a dict from a name to a list of them."""
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items() if name != last]
+    found = [
+        f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, each)) + "\n  ]"
+        for name, each in record[last].items()
+    ]
+    return "{\n" + ",\n".join([*lines, f" {json.dumps(last)}: " + "{\n" + ",\n".join(found) + "\n }"]) + "\n}\n"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configurations", type=int, default=5, help="random configurations of each family")
@@ -243,10 +253,16 @@ def main(argv=None):
             cells.append(f"{max(values):.1e}" if values else "")
         print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
     if args.out:
-        versions = {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
-        record = {"backend": keras.backend.backend(), **versions, "configurations": args.configurations}
+        backend = keras.backend.backend()
+        command = f"KERAS_BACKEND={backend} python -m examples.verification.hub_families"
+        record = {
+            "command": f"{command} --configurations {args.configurations}",
+            "backend": backend,
+            "keras": keras.__version__,
+            "keras_hub": keras_hub.__version__,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**record, "families": results}, indent=1) + "\n")
+        args.out.write_text(as_json({**record, "families": results}, "families"))
 
 
 if __name__ == "__main__":
