@@ -75,7 +75,7 @@ assert not {"keras", "keras_fam"} & set(sys.modules)
 
 # Each system of the paper: its backbone and settings.
 SYSTEMS = {
-    "fam": (keras_fam.TransformerFAMBackbone, {}),
+    "fam": (keras_fam.TransformerFAMBackbone, {"attention_sinks": 2}),
     "bswa": (keras_fam.TransformerFAMBackbone, {"fam_length": 0}),
     "rmt": (baselines.RMTBackbone, {"num_layers": 2}),  # the top layer feeds the bottom one
     "fm": (baselines.FeedbackMemoryBackbone, {"fam_length": 0}),
