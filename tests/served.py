@@ -12,7 +12,8 @@ import keras_fam
 
 V, ROWS, TOTAL, PLACES = 31, 8, 48, 8
 SECRET = "of the tests"
-BACKBONE = {**support.SMALL, "vocabulary_size": V, "num_layers": 2, "hidden_dim": support.HIDDEN_DIM}
+BACKBONE = {**support.SMALL, "vocabulary_size": V, "num_layers": 2, "hidden_dim": support.HIDDEN_DIM,
+            "attention_sinks": 2}  # fmt: skip
 CHUNKS = (1, 2, 5, 1, 4, 9, 26)  # of TOTAL
 STATELESS = {"serving_default", "padded", "init_state", "step", "generate"}
 SESSIONS = {"open", "append", "append_last", "session_generate", "reset", "close"}

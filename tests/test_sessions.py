@@ -28,7 +28,8 @@ from keras_fam.utils import atomic, safetensors_file
 HERE = pathlib.Path(__file__).parent
 V = 11
 SETTINGS = {"vocabulary_size": V, "num_layers": 2, "hidden_dim": 16, "num_query_heads": 4, "num_key_value_heads": 2,
-            "intermediate_dim": 24, "block_size": 4, "memory_segments": 1, "fam_length": 3}  # fmt: skip
+            "intermediate_dim": 24, "block_size": 4, "memory_segments": 1, "fam_length": 3,
+            "attention_sinks": 2}  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 23)).astype("int32")
 OTHER_BACKEND = {"jax": "torch", "torch": "tensorflow", "tensorflow": "jax"}
 

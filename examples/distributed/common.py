@@ -13,6 +13,7 @@ SETTINGS = {
     "block_size": 8,
     "memory_segments": 1,
     "fam_length": 4,
+    "attention_sinks": 2,
 }
 ROWS, TOKENS = 8, 32
 DECIMALS = 5

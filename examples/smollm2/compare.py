@@ -11,7 +11,7 @@ from keras import ops
 import keras_fam
 from examples.smollm2.books import HELD_OUT, book_ids
 from examples.smollm2.evaluate import log_losses
-from examples.smollm2.model import chat, load, stop_tokens, with_memory
+from examples.smollm2.model import chat, load, stop_tokens
 from keras_fam.ops.backend import compiled
 
 QUESTIONS = (
@@ -22,9 +22,9 @@ QUESTIONS = (
 
 
 def answer(args):
-    """Prints the answer of the model with a memory to a question."""
-    source = load()
-    lm = with_memory(source, args, initial_fam="summary")
+    """Prints the answer of the model, as `convert` makes it, to a question."""
+    settings = {"block_size": args.block, "memory_segments": args.segments, "fam_length": args.fam}
+    lm = keras_fam.hub.convert(load(), weights="share", seed=args.seed, **settings)
     lm.compile(sampler="greedy")
     stream = keras_fam.StreamingModel(lm, 1)
     text = stream.generate(

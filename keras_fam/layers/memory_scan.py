@@ -89,6 +89,8 @@ def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, rows_
     sinks = [layer.attention_layer().sinks(state)] if layer.attention_layer().attention_sinks else []
     if isinstance(chunk.num_updates, int) and chunk.num_updates == 1 and not chunk.uniform:
         reads, after, rows_above = _update_once(layer, position, first, inputs, chunk, sinks, rows_below)
+    elif layer.attention_layer().fam_query == "layer_inputs" and layer.attention_layer().num_visible_memories == 1:
+        reads, after, rows_above = _update_at_once(layer, first, inputs(), chunk, sinks)
     else:
         reads, after, rows_above = _update_in_turn(layer, position, first, inputs(), chunk, sinks)
     if layer.initial_fam == "summary":
@@ -150,31 +152,48 @@ def _start(layer, position, first, inputs):
     return Memory(fam, residual, query, key, value), MemoryProjection(layer.attention_layer(), with_query=True)
 
 
+def _write(layer, memory, x, sinks):
+    """What the layer makes of rows, `[B, F, D]`: they attend to sinks, memories and the whole block.
+
+    Args:
+        layer: the `RecurrentLayer`.
+        memory: keys and values of the memory that is read, `[B, P·F, K, H]`.
+        x: dict with query and residual of the rows, keys and values of the block, and perhaps visibility and a seed.
+        sinks: a list: nothing, or keys and values of the sinks, `[B, W, K, H]`.
+    """
+    attention = layer.attention_layer()
+    key, value = (ops.concatenate(parts, axis=1) for parts in zip(*sinks, memory, (x["key"], x["value"]), strict=True))
+    mask = None
+    if "visible" in x:
+        visible = x["visible"]
+        mask = ops.concatenate([visible, ops.ones((ops.shape(visible)[0], attention.block_size), "bool")], axis=1)
+        mask = ops.expand_dims(mask, 1)
+    attended = attend(x["query"], key, value, mask, **attention.softmax_settings)
+    return layer.memory_output(attended, x["residual"], x.get("seed"))
+
+
+def _update(layer, new, before, x):
+    """The memory `[B, F, D]` after a block, from the rows `new` that it brings and the memory before."""
+    update = layer.attention_layer().memory_update
+    return update.call(new, before, seed=fold_in(x.get("seed"), 3), fresh=x.get("fresh"))
+
+
 def _step(layer, memory, x, project, sinks):
     """F_τ from F_{τ−1} and one block: attend to sinks, memories and the whole block, write, update, project.
 
     Returns:
         `(memory, written)`: the new carry, and what the layer made of the rows, `[B, F, D]`.
     """
-    attention, seed = layer.attention_layer(), x.get("seed")
-    query, residual = x.get("query", memory.query), x.get("residual", memory.residual)
-    key = ops.concatenate([*(part[0] for part in sinks), memory.key, x["key"]], axis=1)
-    value = ops.concatenate([*(part[1] for part in sinks), memory.value, x["value"]], axis=1)
-    mask = None
-    if "visible" in x:
-        visible = x["visible"]
-        mask = ops.concatenate([visible, ops.ones((ops.shape(visible)[0], attention.block_size), "bool")], axis=1)
-        mask = ops.expand_dims(mask, 1)
-    attended = attend(query, key, value, mask, **attention.softmax_settings)
-    written = layer.memory_output(attended, residual, seed)
-    new = residual if attention.fam_query == "layer_inputs" else written
-    fam = attention.memory_update.call(new, memory.fam, seed=fold_in(seed, 3), fresh=x.get("fresh"))
+    attention = layer.attention_layer()
+    x = {"query": memory.query, "residual": memory.residual} | x
+    written = _write(layer, (memory.key, memory.value), x, sinks)
+    fam = _update(layer, x["residual"] if attention.fam_query == "layer_inputs" else written, memory.fam, x)
     query, key, value = project(layer.pre_norm(fam))
     if attention.num_visible_memories > 1:  # older memories move one block back
         kept = (attention.num_visible_memories - 1) * attention.fam_length
         key = ops.concatenate([key, rotate(memory.key[:, :kept], attention.positions.back(1))], axis=1)
         value = ops.concatenate([value, memory.value[:, :kept]], axis=1)
-    new = Memory(fam, fam, query, key, value) if "query" not in x else Memory(fam, (), (), key, value)
+    new = Memory(fam, fam, query, key, value) if query is not None else Memory(fam, (), (), key, value)
     return (where_rows(x["active"], new, memory) if "active" in x else new), written
 
 
@@ -197,6 +216,40 @@ def _update_once(layer, position, first, inputs, chunk, sinks, rows_below):
         reads = tuple(ops.stack(pair, axis=1) for pair in zip(first[1:], (key, value), strict=True))
     summary = fam if layer.initial_fam == "summary" else None
     return reads, (fam, key, value), ops.expand_dims(written[0], 1) if anchored else summary
+
+
+def _update_at_once(layer, first, inputs, chunk, sinks):
+    """Where a layer remembers its inputs, only the update is sequential: all blocks' rows are projected, attend and are
+    written at once."""
+    names = ("residual", "active", "fresh", "seed")
+
+    def step(fam, x):
+        new = _update(layer, x["residual"], fam, x)
+        new = where_rows(x["active"], new, fam) if "active" in x else new
+        return new, (new,)
+
+    def merge(x):
+        return ops.reshape(x, (-1, *x.shape[2:]))
+
+    fam, (after,) = scan(step, first[0], {name: inputs[name] for name in names if name in inputs}, (first[0],))
+    lead = (-1, *ops.shape(first[0])[:1])
+    _, *after = MemoryProjection(layer.attention_layer(), with_query=False)(layer.pre_norm(merge(after)))
+    after = [ops.reshape(part, (*lead, *part.shape[1:])) for part in after]  # [n, B, F, K, H]
+    memories = [ops.concatenate([ops.expand_dims(a, 0), b], axis=0) for a, b in zip(first[1:], after, strict=True)]
+    count = ops.shape(inputs["key"])[0]
+    x = {name: merge(inputs[name]) for name in ("query", "residual", "key", "value")}
+    if "visible" in inputs:
+        visible = inputs["visible"]
+        x["visible"] = merge(ops.broadcast_to(visible, (count, ops.shape(first[0])[0], visible.shape[2])))
+    if "seed" in inputs:
+        x["seed"] = inputs["seed"][0]
+    sinks = [tuple(ops.tile(part, (count, 1, 1, 1)) for part in pair) for pair in sinks]
+    written = _write(layer, [merge(part[:count]) for part in memories], x, sinks)
+    last = tuple(part[-1] for part in after)
+    if not chunk.uniform:
+        last = where_rows(chunk.completed > 0, last, first[1:])
+    reads = tuple(ops.moveaxis(part[: chunk.num_blocks], 0, 1) for part in memories)
+    return reads, (fam, *last), ops.moveaxis(ops.reshape(written, (*lead, *written.shape[1:])), 0, 1)
 
 
 def _update_in_turn(layer, position, first, inputs, chunk, sinks):
