@@ -6,6 +6,7 @@ from keras_fam.evaluation import MemoryMonitor, StreamScorer, ablate_memory, eva
 from keras_fam.export import export_serving, export_step
 from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.memory_update import Average, Binary, HardGate, MemoryUpdate, Normalized, Residual
+from keras_fam.layers.mixture_of_experts import MixtureOfExperts
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
 from keras_fam.models.configs import model_config
@@ -25,6 +26,7 @@ __all__ = [
     "LayerState",
     "MemoryMonitor",
     "MemoryUpdate",
+    "MixtureOfExperts",
     "Normalized",
     "RandomStatePassing",
     "Residual",

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import reference_experts
 
 FROM_BELOW = ("anchored", "layer_inputs")  # fam_query: the rows of the layer below write (not the paper's)
 DEFAULTS = {
@@ -42,12 +43,16 @@ DEFAULTS = {
     "use_attention_bias": False,
     "use_output_bias": False,
     "use_feedforward_bias": False,
+    "feed_forward": None,  # a dict: a mixture of experts, see `reference_experts`
     "query_key_norm": None,  # "rms_norm"
     "query_key_norm_epsilon": None,  # None: norm_epsilon
     "use_post_norm": False,
+    "parallel_residual": False,  # the feed-forward part reads the residual, not what the attention made of it
     "attention_scale": None,  # None: H ** -0.5
     "attention_softcap": None,
+    "softmax_sink": False,  # one more term of every softmax: a logit per query head, without a value
     "rope_wavelength": 10000.0,  # None: no rotation
+    "rotary_dim": None,  # how many features of a head are rotated, the first ones; None: all
     "rope_scaling": None,
     "dropout": 0.0,  # the oracle has none
 }
@@ -66,7 +71,10 @@ def random_weights(cfg, hidden_dim, rng, scale=0.3):
     d, n, h, m = hidden_dim, cfg["num_query_heads"], cfg["head_dim"], cfg["intermediate_dim"]
     k = cfg["num_key_value_heads"] or n
     shapes = {"query_kernel": (d, n, h), "key_kernel": (d, k, h), "value_kernel": (d, k, h), "output_kernel": (n, h, d)}
-    shapes |= ({"gate_kernel": (d, m)} if cfg["gated"] else {}) | {"up_kernel": (d, m), "down_kernel": (m, d)}
+    if cfg["feed_forward"] is not None:
+        shapes |= reference_experts.shapes(cfg["feed_forward"], d)
+    else:
+        shapes |= ({"gate_kernel": (d, m)} if cfg["gated"] else {}) | {"up_kernel": (d, m), "down_kernel": (m, d)}
     if cfg["use_attention_bias"]:
         shapes |= {"query_bias": (n, h), "key_bias": (k, h), "value_bias": (k, h)}
     if cfg["use_output_bias"]:
@@ -81,6 +89,8 @@ def random_weights(cfg, hidden_dim, rng, scale=0.3):
             shapes |= {f"{name}_norm_bias": (d,)} if cfg["norm"] == "layer_norm" else {}
     if cfg["initial_fam"] == "prefix" and cfg["fam_length"]:
         shapes |= {"initial_fam": (cfg["fam_length"], d)}
+    if cfg["softmax_sink"]:
+        shapes |= {"softmax_sink": (n,)}
     if cfg["fam_gate"] is not None and cfg["fam_length"]:
         shapes |= {"fam_gate": (n,)}
     if cfg["memory_update"] == "learned_average" and cfg["fam_length"]:
@@ -140,6 +150,8 @@ ACTIVATIONS = {
 
 def feed_forward(x, weights, cfg):
     """FF of x [R, D], already normalised -> [R, D]: act(gate(x)) * up(x) -> down, or act(up(x)) -> down."""
+    if cfg["feed_forward"] is not None:
+        return reference_experts.mixture(x, weights, cfg["feed_forward"])
     act = ACTIVATIONS[cfg["activation"]]
     up = x @ weights["up_kernel"] + weights.get("up_bias", 0.0)
     hidden = act(x @ weights["gate_kernel"] + weights.get("gate_bias", 0.0)) * up if cfg["gated"] else act(up)
@@ -147,14 +159,24 @@ def feed_forward(x, weights, cfg):
 
 
 def frequencies(cfg):
-    """The angle per position of each pair of features, [H / 2], after `rope_scaling`."""
-    i, scaling = np.arange(cfg["head_dim"] // 2), cfg["rope_scaling"]
-    frequency = cfg["rope_wavelength"] ** (-2.0 * i / cfg["head_dim"])
+    """The angle per position of each pair of rotated features, [rotary_dim / 2], after `rope_scaling`."""
+    rotated, scaling = cfg["rotary_dim"] or cfg["head_dim"], cfg["rope_scaling"]
+    i = np.arange(rotated // 2)
+    frequency = cfg["rope_wavelength"] ** (-2.0 * i / rotated)
     if scaling is None:
         return frequency
     factor = scaling["factor"]
     if scaling["type"] == "linear":
         return frequency / factor
+    if scaling["type"] == "yarn":
+        turns = scaling["original_max_position_embeddings"] / (2.0 * math.pi)  # of the first pair
+        ends = [rotated * math.log(turns / scaling[f"beta_{speed}"]) / (2.0 * math.log(cfg["rope_wavelength"]))
+                for speed in ("fast", "slow")]  # fmt: skip
+        if scaling["truncate"]:
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        ends = max(ends[0], 0.0), min(ends[1], rotated - 1.0)
+        slow = np.clip((i - ends[0]) / max(ends[1] - ends[0], 0.001), 0.0, 1.0)
+        return slow * frequency / factor + (1.0 - slow) * frequency
     assert scaling["type"] == "llama3", scaling
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2.0 * math.pi)  # within the original context
@@ -163,12 +185,15 @@ def frequencies(cfg):
 
 
 def rope(x, positions, cfg):
-    """Rotate x [R, heads, H] by its absolute positions [R] (half-split: the first half of H pairs with the second)."""
+    """Rotate x [R, heads, H] by its absolute positions [R] (half-split: of the features that are rotated, the first
+    half pairs with the second)."""
     if cfg["rope_wavelength"] is None:
         return x
-    angle = np.asarray(positions, dtype="float64")[:, None, None] * frequencies(cfg)  # [R, 1, H / 2]
-    x1, x2 = np.split(x, 2, axis=-1)
-    return np.concatenate([x1 * np.cos(angle) - x2 * np.sin(angle), x2 * np.cos(angle) + x1 * np.sin(angle)], axis=-1)
+    angle = np.asarray(positions, dtype="float64")[:, None, None] * frequencies(cfg)  # [R, 1, rotated / 2]
+    half = angle.shape[-1]
+    x1, x2, rest = np.split(x, [half, 2 * half], axis=-1)
+    turned = [x1 * np.cos(angle) - x2 * np.sin(angle), x2 * np.cos(angle) + x1 * np.sin(angle), rest]
+    return np.concatenate(turned, axis=-1)
 
 
 def project_query(x, positions, weights, cfg):
@@ -193,10 +218,11 @@ def query_key_norm(x, weights, cfg, name):
     return rms_norm(x, weights[name], cfg["query_key_norm_epsilon"] or cfg["norm_epsilon"])
 
 
-def attend(q, keys, values, cfg, gate=None):
+def attend(q, keys, values, cfg, gate=None, sink=None):
     """Every query q [R, N, H] attends to all of keys, values [J, K, H] -> [R, N, H]. What is hidden is not passed.
 
-    gate: None, or a bias per query head [N], and how many keys it is for, the first ones.
+    gate: None, or a bias per query head [N], and how many keys it is for, the first ones. sink: None, or one more logit
+    per query head [N], whose share of the probability goes to no value.
     """
     n = cfg["num_query_heads"]
     group = n // (cfg["num_key_value_heads"] or n)
@@ -207,18 +233,26 @@ def attend(q, keys, values, cfg, gate=None):
         logits = cfg["attention_softcap"] * np.tanh(logits / cfg["attention_softcap"])
     if gate is not None:
         logits = logits + gate[0][:, None, None] * (np.arange(len(keys)) < gate[1])
+    if sink is not None:
+        column = np.broadcast_to(sink[:, None, None], (*logits.shape[:2], 1))
+        logits = np.concatenate([logits, column], axis=-1)
     probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    probabilities = probabilities[..., : len(keys)]
     return np.einsum("nrj,jnh->rnh", probabilities, values)
 
 
 def finish(mixed, residual, weights, cfg):
-    """After attention (Alg. 2): A = output projection of mixed [R, N, H] + residual [R, D]; FF(norm(A)) + A."""
+    """After attention (Alg. 2): A = output projection of mixed [R, N, H] + residual [R, D]; FF(norm(A)) + A.
+
+    With a parallel residual, FF(norm(residual)) + A.
+    """
     a = np.einsum("rnh,nhd->rd", mixed, weights["output_kernel"]) + weights.get("output_bias", 0.0)
     if cfg["use_post_norm"]:
         a = norm(a, weights, cfg, "post_attention_norm")
     a = a + residual
-    out = feed_forward(norm(a, weights, cfg, "feedforward_norm"), weights, cfg)
+    given = residual if cfg["parallel_residual"] else a
+    out = feed_forward(norm(given, weights, cfg, "feedforward_norm"), weights, cfg)
     if cfg["use_post_norm"]:
         out = norm(out, weights, cfg, "post_feedforward_norm")
     return out + a
@@ -288,7 +322,8 @@ def token_output(i_t, row, k_f, v_f, weights, cfg, position_offset, frozen):
         values.append(source.values[s])
     q = project_query(i_t, [t + position_offset], weights, cfg)
     gate = None if cfg["fam_gate"] is None else (weights["fam_gate"], len(k_f))
-    return finish(attend(q, np.stack(keys), np.stack(values), cfg, gate), i_t, weights, cfg)
+    sink = weights.get("softmax_sink")
+    return finish(attend(q, np.stack(keys), np.stack(values), cfg, gate, sink), i_t, weights, cfg)
 
 
 def update_memory(written, previous, first, weights, cfg):
@@ -342,7 +377,8 @@ def write_memory(row, rows_below, weights, cfg, position_offset):
     # These rows keep their residual: they are the stream of the layer below.
     no_residual = row.fresh and row.memories and cfg["fam_query"] not in FROM_BELOW
     residual = np.zeros_like(asking) if no_residual else asking  # "FAM copy"
-    written = finish(attend(q_f, keys, values, cfg), residual, weights, cfg)
+    attended = attend(q_f, keys, values, cfg, sink=weights.get("softmax_sink"))
+    written = finish(attended, residual, weights, cfg)
     new = rows_below if cfg["fam_query"] == "layer_inputs" else written
     return update_memory(new, memories[-1][1], row.fresh, weights, cfg), written
 
@@ -445,7 +481,8 @@ def prompt_forward(rows, layers_weights, cfgs):
         initial.append(x)
         positions = fam_positions(-1, cfg)
         k, v = project_key_value(x, positions, weights, cfg)
-        x = finish(attend(project_query(x, positions, weights, cfg), k, v, cfg), x, weights, cfg)
+        q = project_query(x, positions, weights, cfg)
+        x = finish(attend(q, k, v, cfg, sink=weights.get("softmax_sink")), x, weights, cfg)
     return initial
 
 

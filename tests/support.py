@@ -70,10 +70,18 @@ VARIANTS = {
     "layer_norm_biases": {"norm": "layer_norm", "use_attention_bias": True, "use_output_bias": True,
                           "use_feedforward_bias": True, "gated": False},
     "gelu": {"activation": "gelu"},
+    "experts": {"feed_forward": {"num_experts": 5, "intermediate_dim": 6, "top_k": 3, "normalize": False,
+                "shared_intermediate_dim": 7}, "fam_query": "anchored"},
     "no_rope": {"rope_wavelength": None},
     "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3_rope": {"rope_wavelength": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "gpt_neox": {"parallel_residual": True, "head_dim": 6, "rotary_dim": 4, "norm": "layer_norm", "gated": False,
+                 "num_visible_memories": 2, "attention_sinks": 2},
+    "gpt_oss": {"softmax_sink": True, "fam_gate": -1.0, "attention_sinks": 2, "initial_fam": "summary", "head_dim": 8,
+                "rope_wavelength": 150.0, "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8.0,
+                "original_max_position_embeddings": 64, "beta_slow": 1.0, "truncate": False},
+                "feed_forward": {"num_experts": 3, "intermediate_dim": 6, "swiglu_limit": 0.7, "use_bias": True}},
 }  # fmt: skip
 
 
@@ -110,6 +118,8 @@ def make(variant=None, dtype="float32", seed=0, hidden_dim=HIDDEN_DIM, **setting
     if static := settings.get("fam_query") == "static":
         settings.pop("fam_query")
     settings["memory_update"] = UPDATES.get(cfg["memory_update"], cfg["memory_update"])
+    if cfg["feed_forward"]:
+        settings["feed_forward"] = keras_fam.MixtureOfExperts(**cfg["feed_forward"], dtype=dtype)
     block_class = keras_fam.baselines.SummaryFAMBlock if static else keras_fam.TransformerFAMBlock
     block = block_class(**settings, dtype=dtype)
     block.build((None, None, hidden_dim))
@@ -144,13 +154,15 @@ def variables_by_name(block):
         "feedforward_norm": block.feedforward_norm, "post_attention_norm": block.post_attention_norm,
         "post_feedforward_norm": block.post_feedforward_norm, "gate": block.gate, "up": block.up, "down": block.down,
     }  # fmt: skip
-    parts["update"] = block.attention.memory_update
+    parts |= {"update": block.attention.memory_update, "experts": block.feed_forward}
     found = {}
     for name, layer in parts.items():
         for variable in [] if layer is None else layer.weights:
             if variable.name != "noise_scale":
                 kind = {"gamma": "scale", "beta": "bias"}.get(variable.name, variable.name)
                 found[f"{name}_{kind}"] = variable
+    if block.attention.softmax_sink_logit is not None:
+        found["softmax_sink"] = block.attention.softmax_sink_logit
     if block.attention.gate_bias is not None:
         found["fam_gate"] = block.attention.gate_bias
     return found

@@ -43,8 +43,9 @@ def test_one_rule_of_visibility(segments, window):
     np.testing.assert_array_equal(ops.convert_to_numpy(exists), position >= 3)
 
 
-def result(monkeypatch, kv_heads, softcap, biased=False, *, step_bytes, fused):
-    """Outputs, and the gradient of their weighted sum with respect to queries, keys, values and a bias per head."""
+def result(monkeypatch, kv_heads, softcap, biased=False, sunk=False, *, step_bytes, fused):
+    """Outputs, and the gradient of their weighted sum with respect to queries, keys, values and a bias per head, of
+    some keys, of a sink, or of both."""
     monkeypatch.setattr(attention, "STEP_BYTES", step_bytes)
     monkeypatch.setattr(attention, "WHOLE_BYTES", step_bytes)
     monkeypatch.setattr(attention, "fused_attention_exists", lambda dtype: fused)
@@ -62,7 +63,8 @@ def result(monkeypatch, kv_heads, softcap, biased=False, *, step_bytes, fused):
         query, key, value, head = (ops.reshape(x, s) for x, s in zip(parts, shapes, strict=True))
         seen = ops.convert_to_tensor(visible)
         bias = KeyBias(head, np.array([False, True, True, False, False])) if biased else None
-        return attention.attend(query, key, value, ops.convert_to_tensor(mask), softcap, seen, bias)
+        sink = head if sunk else None
+        return attention.attend(query, key, value, ops.convert_to_tensor(mask), softcap, seen, bias, sink)
 
     def both(packed):
         return attend(packed), value_and_gradient(lambda x: ops.sum(attend(x) * weights), packed)[1]
@@ -71,10 +73,14 @@ def result(monkeypatch, kv_heads, softcap, biased=False, *, step_bytes, fused):
     return [ops.convert_to_numpy(x) for x in found]
 
 
-@pytest.mark.parametrize("kv_heads, softcap, biased", [(4, None, False), (2, None, True), (1, 2.0, True)])
-def test_every_way_gives_the_same(monkeypatch, kv_heads, softcap, biased):
-    expected = result(monkeypatch, kv_heads, softcap, biased, step_bytes=1 << 30, fused=False)
-    assert np.abs(expected[1][-HEADS:]).max() > 0.01 if biased else not expected[1][-HEADS:].any()
+WAYS = [(4, None, False, False), (2, None, True, True), (1, 2.0, True, False), (2, 2.0, False, True)]
+
+
+@pytest.mark.parametrize("kv_heads, softcap, biased, sunk", WAYS)
+def test_every_way_gives_the_same(monkeypatch, kv_heads, softcap, biased, sunk):
+    options = (kv_heads, softcap, biased, sunk)
+    expected = result(monkeypatch, *options, step_bytes=1 << 30, fused=False)
+    assert np.abs(expected[1][-HEADS:]).max() > 0.01 if biased or sunk else not expected[1][-HEADS:].any()
     groups = HEADS // kv_heads
     ways = {  # one head; two heads, or two rows of one; three rows
         "head": {"step_bytes": 1, "fused": False},
@@ -84,7 +90,7 @@ def test_every_way_gives_the_same(monkeypatch, kv_heads, softcap, biased):
     if BACKEND != "tensorflow":
         ways["fused"] = {"step_bytes": 1, "fused": True}
     for name, way in ways.items():
-        for ours, theirs in zip(result(monkeypatch, kv_heads, softcap, biased, **way), expected, strict=True):
+        for ours, theirs in zip(result(monkeypatch, *options, **way), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=f"{BACKEND} {name}")
 
 

@@ -57,6 +57,8 @@ def test_layout_map_matches_the_variables():
     """Each entry for weights names a variable of a model that has them all."""
     block = {"use_attention_bias": True, "use_feedforward_bias": True, "block_size": 8, "fam_length": 2,
              "memory_update": "hard_gate", "fam_gate": -1.0}  # fmt: skip
+    experts = keras_fam.MixtureOfExperts(2, 32, use_bias=True, shared_intermediate_dim=32)
+    block["layer_settings"] = [{}, {"feed_forward": experts}]
     backbone = keras_fam.TransformerFAMBackbone(**SETTINGS, **block, tie_weights=False)
     lm = keras_fam.TransformerFAMCausalLM(backbone)
     lm.build()

@@ -58,7 +58,12 @@ WRONG_SETTINGS = [
         ["`memory_update` must be one of 'residual', 'normalized', 'binary'", "received 'none'"],
     ),
     ({"rope_wavelength": 0}, ["`rope_wavelength` must be a positive number", "received 0"]),
-    ({"rope_scaling": {"type": "yarn"}}, ["`rope_scaling`", "'linear' or 'llama3'", "yarn"]),
+    ({"rope_scaling": {"type": "su"}}, ["`rope_scaling`", "'linear', 'llama3' or 'yarn'", "su"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ["needs 'original_max_position_embeddings' as well", "2.0"]),
+    ({"rotary_dim": 3}, ["RoPE rotates pairs, so `rotary_dim` must be even", "received 3"]),
+    ({"rotary_dim": 0}, ["`rotary_dim` must be a positive integer", "received 0"]),
+    ({"rotary_dim": 8}, ["at most `head_dim`", "rotary_dim=8, head_dim=4"]),
+    ({"rotary_dim": 2, "rope_wavelength": None}, ["with a `rope_wavelength`", "rope_wavelength=None"]),
     ({"attention_scale": -1.0}, ["`attention_scale` must be a positive number", "received -1.0"]),
     ({"attention_softcap": 0.0}, ["`attention_softcap` must be a positive number", "received 0.0"]),
 ]

@@ -73,13 +73,17 @@ assert not {"keras", "keras_fam"} & set(sys.modules)
 """
 
 
-# Each system of the paper: its backbone and settings.
+# What layers of other families have, at once.
+EXPERTS = {"feed_forward": keras_fam.MixtureOfExperts(4, 6), "softmax_sink": True, "rotary_dim": 2,
+           "parallel_residual": True}  # fmt: skip
+# Each system of the paper, and one with experts: its backbone and settings.
 SYSTEMS = {
     "fam": (keras_fam.TransformerFAMBackbone, {"attention_sinks": 2}),
     "bswa": (keras_fam.TransformerFAMBackbone, {"fam_length": 0}),
     "rmt": (baselines.RMTBackbone, {"num_layers": 2}),  # the top layer feeds the bottom one
     "fm": (baselines.FeedbackMemoryBackbone, {"fam_length": 0}),
     "sum_fam": (baselines.SummaryFAMBackbone, {}),
+    "experts": (keras_fam.TransformerFAMBackbone, EXPERTS),
 }
 
 

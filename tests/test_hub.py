@@ -1,48 +1,22 @@
-"""Converted KerasHub models are their source: logits, windows, weights, the way back, and what is refused."""
+"""Converted KerasHub models are their source: logits, windows, weights, and the way back."""
 
-import functools
 import importlib
-import pathlib
-import sys
 
+import hub_lines
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from hub_support import TOLERANCE, WINDOW, equal, hub_families, models, numpy, small, source
 
 import keras_fam
 from keras_fam import hub
-from keras_fam.hub.families import FAMILIES
-from keras_fam.hub.unsupported import REASONS
 
-keras_hub = pytest.importorskip("keras_hub")
-hub_families = importlib.import_module("examples.verification.hub_families")
 streaming_llm = importlib.import_module("examples.verification.streaming_llm")
-models = keras_hub.models
 
-TOLERANCE = 1e-4
 WINDOWED = ("Mistral", "Qwen 2, 2.5", "Qwen 3", "Gemma 2", "Gemma 3 (text)")
 CASES = [(family, 0) for family in hub_families.FAMILIES] + [(family, 1) for family in WINDOWED] + [("SmolLM 3", 3)]
-WINDOW = {"block_size": 16, "memory_segments": 1}
-small = functools.partial(
-    hub_families.sizes, np.random.default_rng(0), num_layers=1, hidden_dim=16, num_key_value_heads=2
-)
-
-
-@functools.cache
-def source(family, seed):
-    """A random CausalLM and its logits; of one width, so that JAX compiles few operations."""
-    model, _ = hub_families.source(family, seed, hidden_dim=16)
-    return model, hub_families.logits(model, hub_families.tokens())
-
-
-def numpy(x):
-    return ops.convert_to_numpy(x)
-
-
-def equal(actual, expected):
-    error = hub_families.difference(actual, expected)
-    assert error <= TOLERANCE, f"{keras.backend.backend()}: logits differ by {error:.2e}"
+CASES += [("Qwen 3 MoE", 2)]  # experts in both layers; in one of them with seed 0
+JOINED = ("Qwen 1.5 MoE", "Qwen 3 MoE", "GPT-NeoX", "GPT-OSS")  # several weights here are one there
 
 
 @pytest.mark.parametrize("family, seed", CASES)
@@ -51,7 +25,8 @@ def test_a_converted_model_is_its_source(family, seed):
     plain = hub.convert(model, **WINDOW, fam_length=0)
     equal(hub_families.logits(plain, hub_families.tokens()), expected)
     assert hub.memory_weights(plain.backbone) == []
-    assert sizes(plain.weights) == sizes(model.trainable_weights)
+    ours, theirs = sizes(plain.weights), sizes(model.trainable_weights)
+    assert sum(ours) == sum(theirs) if family in JOINED else ours == theirs
     summary = hub.convert(model, **WINDOW, fam_length=3, initial_fam="summary")
     equal(hub_families.logits(summary, hub_families.tokens()), expected)
     memory = hub.memory_weights(summary.backbone)
@@ -146,6 +121,16 @@ def test_sinks_are_those_of_an_independent_streaming_llm():
         equal(hub_families.logits(lm, ids[None])[0], expected)
 
 
+@pytest.mark.parametrize(
+    "family, line", [("Qwen 3", "FAM, as `convert` makes it"), ("Gemma 3 (text)", "BSWA, 4 sinks")]
+)
+def test_a_converted_model_reads_on_as_the_oracle_does(family, line):
+    """Over five blocks, in one call and in chunks; more in `hub_lines.py`."""
+    found = hub_lines.measure(family, 0, line)
+    assert set(found) == {"logits", "oracle", "chunks", "block 1"} and found.pop("logits") > 1
+    assert max(found.values()) <= TOLERANCE, f"{keras.backend.backend()}: {found}"
+
+
 def test_local_and_global_layers_keep_their_own_window_and_rotation():
     model, _ = hub_families.source("Gemma 3 (text)", 0, use_sliding_window_attention=True, sliding_window_size=5)
     backbone = hub.convert(model, block_size=4, memory_segments=1, fam_length=2).backbone
@@ -165,6 +150,29 @@ def test_layers_that_rotate_and_layers_that_do_not(rotated):
     whole = hub_families.logits(model, hub_families.tokens())
     equal(hub_families.logits(lm, hub_families.tokens()), whole)
     equal(hub_families.logits(hub.to_keras_hub(lm, type(model)), hub_families.tokens()), whole)
+
+
+@pytest.mark.parametrize("share, width", [(0.25, 2), (0.5, 4), (0.8, 6), (1.0, None)])
+def test_a_part_of_each_head_is_rotated(share, width):
+    model, _ = hub_families.source("GPT-NeoX", 0, rotary_percentage=share)
+    lm = hub.convert(model, **WINDOW, fam_length=0)
+    assert {block.attention.rotary_dim for block in lm.backbone.blocks} == {width}
+    whole = hub_families.logits(model, hub_families.tokens())
+    equal(hub_families.logits(lm, hub_families.tokens()), whole)
+    equal(hub_families.logits(hub.to_keras_hub(lm, type(model)), hub_families.tokens()), whole)
+
+
+@pytest.mark.parametrize("factor", [1.0, 32.0])
+def test_gpt_oss_has_windows_in_every_other_layer_and_the_temperature_of_yarn(factor):
+    """KerasHub's window counts the tokens before a query's own."""
+    model, _ = hub_families.source(
+        "GPT-OSS", 0, hidden_dim=16, head_dim=4, sliding_window=4, rope_scaling_factor=factor
+    )
+    settings = [block.attention for block in hub.convert(model, **WINDOW, fam_length=2).backbone.blocks]
+    assert [attention.attention_window for attention in settings] == [None, 5]
+    scale = None if factor == 1 else (0.1 * np.log(32.0) + 1) ** 2 / 2
+    assert settings[0].attention_scale == (scale and pytest.approx(scale))
+    assert not hub.memory_weights(hub.convert(model.backbone, **WINDOW, fam_length=0)), "a softmax sink is no memory"
 
 
 def test_the_first_memory_is_drawn_from_ordinary_tokens():
@@ -210,7 +218,7 @@ def test_what_is_known_to_do_no_harm_is_the_default_and_the_paper_is_one_argumen
 # Sharing -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen 2, 2.5", "Qwen 3", "Phi 3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen 2, 2.5", "Qwen 3", "Phi 3", "Mixtral"])
 def test_shared_weights_are_the_same_variables(family):
     model, expected = source(family, 0)
     more = {"fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": -4.0}
@@ -246,6 +254,8 @@ def test_training_a_copy_leaves_the_source_alone():
 
 
 def test_what_cannot_be_shared_says_which_weight():
+    with pytest.raises(ValueError, match=r"feed_forward.gate_kernel cannot be shared.* part 1 of 2 of one weight"):
+        hub.convert(source("Qwen 1.5 MoE", 0)[0], **WINDOW, fam_length=2, weights="share")
     for family in ("Gemma 1", "SmolLM 3"):
         with pytest.raises(ValueError, match=r"attention.query.kernel cannot be shared, its layout differs"):
             hub.convert(source(family, 0)[0], **WINDOW, fam_length=2, weights="share")
@@ -288,8 +298,9 @@ def test_the_preprocessor_is_carried_over():
     assert isinstance(hub.convert(backbone, **WINDOW, fam_length=2), keras_fam.TransformerFAMBackbone)
 
 
-def test_a_converted_model_is_saved_and_loaded(tmp_path):
-    model, expected = source("Gemma 2", 0)
+@pytest.mark.parametrize("family", ["Gemma 2", "Qwen 1.5 MoE"])
+def test_a_converted_model_is_saved_and_loaded(family, tmp_path):
+    model, expected = source(family, 0)
     lm = hub.convert(model, **WINDOW, fam_length=2, initial_fam="summary", random_state_passing=0.5, name="mine")
     lm.save(tmp_path / "lm.keras")
     loaded = keras.saving.load_model(tmp_path / "lm.keras")
@@ -303,120 +314,3 @@ def test_the_dtype_is_the_sources_unless_given():
     assert hub.convert(backbone, **WINDOW, fam_length=2).dtype_policy.name == "bfloat16"
     wide = hub.convert(backbone, **WINDOW, fam_length=2, dtype="float32")
     assert {v.dtype for v in wide.weights} == {"float32"}
-
-
-# What is refused -----------------------------------------------------------------------------------------------------
-
-
-def refused(message, backbone, **options):
-    with pytest.raises(ValueError, match=message):
-        hub.convert(backbone, **{**WINDOW, "fam_length": 2, **options})
-
-
-def test_other_classes_are_refused():
-    gpt = models.GPT2Backbone(vocabulary_size=31, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8)
-    refused("GPT2Backbone of KerasHub cannot be converted: it adds learned position embeddings", gpt)
-    refused("Backbone or a CausalLM of KerasHub; received Dense", keras.layers.Dense(2))
-
-    class Derived(models.LlamaBackbone):
-        pass
-
-    refused("A subclass of one of them may compute something else", Derived(**small()))
-
-
-def test_every_causal_model_is_converted_or_refused_with_a_reason():
-    guide = (pathlib.Path(__file__).parents[1] / "examples" / "guides" / "pretrained.md").read_text()
-    converted = {name for family in FAMILIES for name in family.backbones}
-    for task in {getattr(models, name) for name in dir(models) if isinstance(getattr(models, name), type)}:
-        if issubclass(task, models.CausalLM) and task.backbone_cls and not issubclass(task, models.Seq2SeqLM):
-            name = task.backbone_cls.__name__
-            assert (name in converted) != (name in REASONS), name
-            assert f"`{name}`" in guide, name
-
-
-def test_fields_without_a_place_are_refused_by_name(monkeypatch):
-    refused(r"`dropout` .* must be 0", models.LlamaBackbone(**small(dropout=0.1)))
-    factors = {"rope_scaling_short_factor": [1.0, 1.0], "rope_scaling_long_factor": [2.0, 2.0]}
-    refused("`rope_scaling_.*factor`", models.Phi3Backbone(**small(rope_scaling_type="su", **factors)))
-    gemma = small(head_dim=4, image_size=None)
-    refused("`use_bidirectional_attention`", models.Gemma3Backbone(**gemma, use_bidirectional_attention=True))
-    pooled = models.Gemma3Backbone(**gemma, is_embedding_model=True, pooling_intermediate_dim=4, embedding_dim=4)
-    refused("`embedding_dim`", pooled)
-    refused("float16", models.Gemma3Backbone(**gemma, dtype="float16"))
-    refused("both on or both off", models.Gemma3Backbone(**gemma, use_post_ffw_norm=True))
-    refused(
-        "`layer_norm_epsilon`=0.1 is the epsilon", models.GemmaBackbone(**small(head_dim=4, layer_norm_epsilon=0.1))
-    )
-    for name, value in (("partial_rotary_factor", 0.5), ("attention_dropout", 0.1)):
-        fields = {name: value, "rope_layer_enabled_list": [False] * 3}
-        refused(f"`{name}` .* must be", hub_families.source("SmolLM 3", 0, hidden_dim=16, **fields)[0])
-    refused("do not rotate as its fields say", models.LlamaBackbone(**small(rope_position_scaling_factor=4.0)))
-    config = models.LlamaBackbone.get_config
-    monkeypatch.setattr(models.LlamaBackbone, "get_config", lambda self: {**config(self), "sparse_heads": 3})
-    refused("field `sparse_heads` of LlamaBackbone is unknown", models.LlamaBackbone(**small()))
-
-
-def test_a_vision_model_is_refused():
-    encoder = models.Gemma3VisionEncoder(image_size=8, patch_size=4, num_heads=2, hidden_dim=8, num_layers=1,
-                                         intermediate_dim=8, output_dim=16, pool_size=2)  # fmt: skip
-    refused("`vision_encoder`", models.Gemma3Backbone(**small(head_dim=4, image_size=8), vision_encoder=encoder))
-
-
-def test_a_quantized_source_is_refused():
-    model, _ = hub_families.source("Llama", 0, hidden_dim=16, num_layers=1)
-    model.backbone.transformer_layers[0]._feedforward_gate_dense.quantize("int8")
-    refused("quantized", model)
-
-
-def test_options_are_checked():
-    backbone = source("Llama", 0)[0].backbone
-    refused(r"The source decides \['hidden_dim', 'rope_wavelength'\]", backbone, hidden_dim=3, rope_wavelength=2.0)
-    refused(r"knows no setting \['fam_lenght'\]", backbone, fam_lenght=3)
-    refused("'copy' or 'share'", backbone, weights="lend")
-    refused("`fam_length` must be at most `block_size`", backbone, fam_length=17)
-
-
-def test_a_memory_is_not_dropped_by_accident():
-    lm = hub.convert(source("Llama", 0)[0], **WINDOW, fam_length=2)
-    with pytest.raises(ValueError, match="drop_memory=True"):
-        hub.to_keras_hub(lm, models.LlamaCausalLM)
-
-
-def test_a_class_that_cannot_compute_the_model_is_refused():
-    lm = hub.convert(source("SmolLM (tied)", 0)[0].backbone, **WINDOW, fam_length=0)
-    with pytest.raises(ValueError, match="tie_weights"):
-        hub.to_keras_hub(lm, models.Phi3CausalLM)
-    with pytest.raises(ValueError, match=r"layer_norm_epsilon|activation"):
-        hub.to_keras_hub(lm, models.GemmaBackbone)
-    with pytest.raises(ValueError, match="GPT2Backbone of KerasHub cannot be converted"):
-        hub.to_keras_hub(lm, models.GPT2CausalLM)
-    with pytest.raises(ValueError, match="no field"):
-        hub.to_keras_hub(lm, models.LlamaBackbone, sliding_window=3)
-    plain = {"attention_bias": False, "mlp_bias": False, "hidden_dim": 16}
-    for rotated, message in (([True, False, True], "rope_wavelength=.* in layer 1"), ([False] * 3, "rotate queries")):
-        smollm3, _ = hub_families.source("SmolLM 3", 0, **plain, rope_layer_enabled_list=rotated)
-        lm = hub.convert(smollm3, **WINDOW, fam_length=0)
-        with pytest.raises(ValueError, match=message):
-            hub.to_keras_hub(lm, models.LlamaBackbone, tie_word_embeddings=True)
-
-
-def test_a_model_of_this_package_goes_to_keras_hub():
-    backbone = keras_fam.TransformerFAMBackbone(
-        vocabulary_size=31, num_layers=2, hidden_dim=16, num_query_heads=4, num_key_value_heads=2, intermediate_dim=24,
-        fam_length=0, tie_weights=True, **WINDOW,
-    )  # fmt: skip
-    lm = keras_fam.TransformerFAMCausalLM(backbone)
-    llama = hub.to_keras_hub(lm, models.LlamaCausalLM)
-    x = hub_families.tokens()
-    equal(hub_families.logits(llama, x), hub_families.logits(lm, x))
-    mistral = hub_families.source("Mistral", 0, sliding_window=64)[0]
-    lm = hub.convert(mistral, **WINDOW, fam_length=0)  # 64 keys never narrow the blocks' 32
-    back = hub.to_keras_hub(lm, models.MistralBackbone, sliding_window=64)
-    assert back.sliding_window == 64
-
-
-def test_without_keras_hub_the_extra_is_named(monkeypatch):
-    model = source("Llama", 0)[0]
-    monkeypatch.setitem(sys.modules, "keras_hub", None)
-    with pytest.raises(ImportError, match=r"keras-fam\[hub\]"):
-        hub.convert(model, **WINDOW, fam_length=2)

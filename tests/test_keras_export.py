@@ -31,6 +31,15 @@ SYSTEMS = {
     "rmt": (baselines.RMTBackbone, {}),
     "fm": (baselines.FeedbackMemoryBackbone, {"fam_length": 0}),
     "sum_fam": (baselines.SummaryFAMBackbone, {}),
+    "experts": (
+        keras_fam.TransformerFAMBackbone,
+        {
+            "feed_forward": keras_fam.MixtureOfExperts(4, 6),
+            "softmax_sink": True,
+            "rotary_dim": 2,
+            "parallel_residual": True,
+        },
+    ),
 }
 
 

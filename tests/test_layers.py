@@ -10,7 +10,8 @@ import support
 from keras import ops
 from support import HIDDEN_DIM, SMALL, SPLIT, UPDATES, VARIANTS, close, make, numpy, states_close
 
-from keras_fam import FeedbackAttention, StreamState, TransformerFAMBlock
+from keras_fam import FeedbackAttention, MixtureOfExperts, StreamState, TransformerFAMBlock
+from keras_fam.layers import feed_forward as feed_forwards
 from keras_fam.layers import memory_update as memory_updates
 
 ATTENTION_ONLY = {name: value for name, value in SMALL.items() if name != "intermediate_dim"}
@@ -55,6 +56,9 @@ def test_config_holds_every_setting(variant):
         changes.pop("fam_query")
     if changes.get("memory_update") in UPDATES:
         changes["memory_update"] = memory_updates.serialize(UPDATES[changes["memory_update"]])
+    if changes.get("feed_forward"):
+        experts = MixtureOfExperts(**changes["feed_forward"], name="experts", dtype="mixed_bfloat16")
+        changes["feed_forward"] = feed_forwards.serialize(experts, experts.dtype_policy)
     layer = TransformerFAMBlock(**{**SMALL, **changes}, name="some_block", dtype="mixed_bfloat16")
     config = json.loads(json.dumps(layer.get_config()))
     clone = TransformerFAMBlock.from_config(config)

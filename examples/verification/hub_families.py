@@ -104,6 +104,41 @@ def phi3(rng):
     return "Phi3", sizes(rng, **rope(rng), **epsilon(rng))
 
 
+def mixtral(rng):
+    more = {"sliding_window": int(rng.choice([3, 7])), "num_experts": 4, "top_k": int(rng.choice([1, 2]))}
+    return "Mixtral", sizes(rng, **rope(rng), **epsilon(rng), **more)
+
+
+def qwen_moe(rng):
+    experts = {"moe_intermediate_dim": 12, "num_experts": 4, "top_k": int(rng.choice([1, 3]))}
+    experts |= {"norm_top_k_prob": bool(rng.integers(2)), "shared_expert_intermediate_dim": 20}
+    window = {"use_sliding_window_attention": bool(rng.integers(2)), "sliding_window_size": int(rng.choice([3, 7]))}
+    experts |= {"tie_word_embeddings": bool(rng.integers(2)), "rope_scaling_factor": float(rng.choice([1, 4]))}
+    return "QwenMoe", sizes(rng, **rope(rng), **epsilon(rng), **experts, **window)
+
+
+def qwen3_moe(rng):
+    experts = {"moe_intermediate_dim": 12, "num_experts": 4, "top_k": int(rng.choice([1, 3]))}
+    experts |= {"norm_top_k_prob": bool(rng.integers(2)), "mlp_only_layers": [[], [0], [1]][rng.integers(3)]}
+    more = {"sliding_window_size": [None, 3, 7][rng.integers(3)], "head_dim": int(rng.choice([4, 8]))}
+    return "Qwen3Moe", sizes(rng, **rope(rng), **epsilon(rng), **experts, **more)
+
+
+def gpt_neox(rng):
+    fields = sizes(rng, layer_norm_epsilon=float(rng.choice([1e-5, 1e-3])))
+    for name in ("num_query_heads", "num_key_value_heads"):
+        fields.pop(name)
+    fields |= {"num_heads": 2, "hidden_dim": 16}
+    more = {"rotary_percentage": float(rng.choice([0.25, 0.5, 1.0]))}
+    return "GPTNeoX", {**fields, **more, "rotary_max_wavelength": float(rng.choice([100.0, 10_000.0]))}
+
+
+def gpt_oss(rng):
+    experts = {"num_experts": 4, "top_k": int(rng.choice([2, 3])), "head_dim": int(rng.choice([4, 8]))}
+    more = {"sliding_window": int(rng.choice([3, 7])), "rope_scaling_factor": float(rng.choice([1.0, 32.0]))}
+    return "GptOss", sizes(rng, **rope(rng), **epsilon(rng), **experts, **more)
+
+
 def smollm3(rng):
     fields = sizes(rng, **epsilon(rng))
     heads, layers = fields.pop("num_query_heads"), 3
@@ -124,15 +159,16 @@ def smollm3(rng):
 
 FAMILIES = {"Llama": llama, "Llama 3 (RoPE bands)": llama3, "SmolLM (tied)": smollm, "Mistral": mistral,
             "Qwen 2, 2.5": qwen, "Qwen 3": qwen3, "Gemma 1": gemma, "Gemma 2": gemma2, "Gemma 3 (text)": gemma3,
-            "Phi 3": phi3, "SmolLM 3": smollm3}  # fmt: skip
+            "Phi 3": phi3, "SmolLM 3": smollm3, "GPT-NeoX": gpt_neox, "Mixtral": mixtral, "Qwen 1.5 MoE": qwen_moe,
+            "Qwen 3 MoE": qwen3_moe, "GPT-OSS": gpt_oss}  # fmt: skip
 
 
 @contextlib.contextmanager
 def windows_kept():
-    """KerasHub 0.32 ignores the sliding window of Qwen 2 and 3 with fused attention (JAX, torch): turns it off."""
+    """KerasHub 0.32 ignores the sliding window of Qwen models with fused attention (JAX, torch): turns it off."""
     with contextlib.ExitStack() as stack:
-        for name in ("qwen.qwen_attention", "qwen3.qwen3_attention"):
-            target = f"keras_hub.src.models.{name}.fused_attention_op_available"
+        for name in ("qwen", "qwen3", "qwen_moe", "qwen3_moe"):
+            target = f"keras_hub.src.models.{name}.{name}_attention.fused_attention_op_available"
             stack.enter_context(mock.patch(target, lambda: False))
         yield
 
@@ -144,7 +180,7 @@ def source(family, seed=0, **fields):
     found = {**found, **fields}
     backbone = getattr(keras_hub.models, f"{name}Backbone")(**found)
     for v in backbone.trainable_weights:
-        around_one = v.name == "scale" and not name.startswith("Gemma")
+        around_one = v.name in ("scale", "gamma") and not name.startswith("Gemma")
         v.assign(rng.normal(float(around_one), 0.3, v.shape).astype("float32"))
     return getattr(keras_hub.models, f"{name}CausalLM")(backbone=backbone, preprocessor=None), found
 
@@ -182,9 +218,21 @@ def measure(family, seed):
     back = keras_fam.hub.to_keras_hub(here, type(there))
     found["back"] = difference(logits(back, tokens()), expected)
     if all(block.attention.attention_window for block in here.backbone.blocks):
-        streamed = keras_fam.hub.convert(there, block_size=LENGTH // 4, memory_segments=2, fam_length=0)
+        streamed = keras_fam.hub.convert(
+            there, block_size=LENGTH // 4, memory_segments=2, fam_length=0, attention_sinks=0
+        )
         found["four blocks"] = difference(logits(streamed, tokens()), expected)
     return {"fields": fields, "differences": found}
+
+
+def as_json(record, last):
+    """JSON with one configuration a line: `record[last]` is a dict from a name to a list of them."""
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items() if name != last]
+    found = [
+        f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, each)) + "\n  ]"
+        for name, each in record[last].items()
+    ]
+    return "{\n" + ",\n".join([*lines, f" {json.dumps(last)}: " + "{\n" + ",\n".join(found) + "\n }"]) + "\n}\n"
 
 
 def main(argv=None):
@@ -205,10 +253,16 @@ def main(argv=None):
             cells.append(f"{max(values):.1e}" if values else "")
         print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
     if args.out:
-        versions = {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
-        record = {"backend": keras.backend.backend(), **versions, "configurations": args.configurations}
+        backend = keras.backend.backend()
+        command = f"KERAS_BACKEND={backend} python -m examples.verification.hub_families"
+        record = {
+            "command": f"{command} --configurations {args.configurations}",
+            "backend": backend,
+            "keras": keras.__version__,
+            "keras_hub": keras_hub.__version__,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**record, "families": results}, indent=1) + "\n")
+        args.out.write_text(as_json({**record, "families": results}, "families"))
 
 
 if __name__ == "__main__":

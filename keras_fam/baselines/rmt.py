@@ -63,7 +63,7 @@ class RMTBlock(TransformerFAMBlock):
         own_key, own_value = attention.project_key_value(normed)
         key = ops.concatenate([state.fam_key, rotate(own_key, table), key], axis=1)
         value = ops.concatenate([state.fam_value, own_value, value], axis=1)
-        attended = attend(query, key, value, None, attention.attention_softcap)
+        attended = attend(query, key, value, None, **attention.softmax_settings)
         return self.memory_output(attended, write_rows, fold_in(seed, 2))
 
 

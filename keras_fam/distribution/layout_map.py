@@ -18,6 +18,12 @@ WEIGHTS = {
     r".*/(gate|up)/kernel": (("batch", "model"), "block_0/up/kernel"),
     r".*/(gate|up)/bias": (("model",), "block_0/up/bias"),
     r".*/down/kernel": (("model", "batch"), "block_0/down/kernel"),
+    # Of a `MixtureOfExperts`: each expert is divided, as a plain feed-forward part is.
+    r".*/feed_forward/(gate|up)_kernel": ((None, "batch", "model"), "block_0/feed_forward/up_kernel"),
+    r".*/feed_forward/(gate|up)_bias": ((None, "model"), "block_0/feed_forward/up_bias"),
+    r".*/feed_forward/down_kernel": ((None, "model", "batch"), "block_0/feed_forward/down_kernel"),
+    r".*/feed_forward/shared_(gate|up)_kernel": (("batch", "model"), "block_0/feed_forward/shared_up_kernel"),
+    r".*/feed_forward/shared_down_kernel": (("model", "batch"), "block_0/feed_forward/shared_down_kernel"),
 }
 # What lies between layers, and what a stream carries (`keras_fam.sharding`): rows over "batch", heads over "model".
 TENSORS = {

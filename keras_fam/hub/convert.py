@@ -4,6 +4,7 @@ import inspect
 
 import keras
 
+from keras_fam.hub.experts import describe, experts_of
 from keras_fam.hub.family import PLAIN
 from keras_fam.hub.source import (
     check_fields,
@@ -108,7 +109,8 @@ def convert(
 
     Args:
         source: a backbone or a CausalLM of KerasHub: Llama, Llama 3 (SmolLM is a Llama), Mistral, Qwen (2, 2.5),
-            Qwen 3, Gemma (1, 2), Gemma 3 (text), Phi 3 or SmolLM 3. Objects of `keras_nlp` are the same.
+            Qwen 3, Gemma (1, 2), Gemma 3 (text), Phi 3, SmolLM 3, GPT-NeoX, Mixtral, Qwen 1.5 MoE, Qwen 3 MoE or
+            GPT-OSS. Objects of `keras_nlp` are the same.
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
@@ -125,7 +127,7 @@ def convert(
         initial_fam: None means `"summary"`, and `"prompt"` in the paper's form.
         fam_query_position: None means `"current"`, and `"previous"` in the paper's form.
         weights: `"copy"`, or `"share"`: both models hold the same variables. Sharing needs equal layouts (Llama,
-            Mistral, Qwen, Phi 3; those of Gemma and SmolLM 3 differ and can only be copied). Training either model then
+            Mistral, Mixtral, Qwen 2 and 3, Phi 3); the other families can only be copied. Training either model then
             trains both, a variable frozen in one is frozen in both, and LoRA updates belong to the model that has them.
             While this function runs, the weights take their memory twice.
         seed: seed of the first memory, an integer or a `keras.random.SeedGenerator`. Its rows are the embeddings of
@@ -232,6 +234,13 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
     if unknown:
         raise ValueError(f"{backbone_class.__name__} has no field {unknown}.")
     layers = [_settings_of(backbone, block) for block in backbone.blocks]
+    others = [i for i, layer in enumerate(layers) if layer["feed_forward"] is not None]
+    if others and "num_experts" not in family.fields:
+        raise ValueError(
+            f"{backbone_class.__name__} has a plain feed-forward part in every layer; layer {others[0]} of the model "
+            f"has a {type(backbone.blocks[others[0]].feed_forward).__name__} as its `feed_forward`. Use the class of "
+            "another family."
+        )
     made = backbone_class(**{**field_values(backbone_class, family, layers), **fields}, dtype=backbone.dtype_policy)
     check_fields(made, family)
     attention = backbone.blocks[0].attention
@@ -242,8 +251,9 @@ def to_keras_hub(model, to, *, drop_memory: bool = False, **fields):
         for key, value in wanted.items():
             if not _same(key, value, block[key]):
                 raise ValueError(
-                    f"{backbone_class.__name__} would have {key}={value!r} in layer {i} where the model has "
-                    f"{block[key]!r}. Use the class of another family, or pass the constructor field that sets it."
+                    f"{backbone_class.__name__} would have {key}={describe(value)} in layer {i} where the model "
+                    f"has {describe(block[key])}. Use the class of another family, or pass the constructor field that "
+                    "sets it."
                 )
     copy(pairs(backbone, made, family), back=True)
     if not is_task:
@@ -283,7 +293,7 @@ def _settings_of(backbone, block):
     for key in {*PLAIN, *SIZES}:
         holder = backbone if key in OF_BACKBONE else block if hasattr(block, key) else block.attention
         found[key] = getattr(holder, key)
-    return found
+    return {**found, "feed_forward": experts_of(block.feed_forward)}
 
 
 def _same(key, first, second):

@@ -5,8 +5,12 @@ newer KerasHub cannot slip in a feature that these layers lack. Where KerasHub's
 (Gemma's layers keep their own epsilon, Qwen 3's query and key norms too), the built layer is read, not the field.
 """
 
+from keras_fam.hub.experts import MIXTRAL, QWEN3_MOE, QWEN_MOE
 from keras_fam.hub.family import COMMON, READ, Family, Only, Unused, linear, linear_factor
 from keras_fam.hub.gemma import GEMMA, GEMMA3
+from keras_fam.hub.gpt_neox import GPT_NEOX
+from keras_fam.hub.gpt_oss import GPT_OSS
+from keras_fam.hub.layouts import FLAT_HEADS
 
 # Llama, Llama 3, SmolLM ---------------------------------------------------------------------------------------------
 
@@ -234,15 +238,15 @@ SMOLLM3 = Family(
         "layer_norm_epsilon": "norm_epsilon",
         "max_position_embeddings": Unused(65_536),
         "rope_theta": READ,
-        "partial_rotary_factor": Only(1.0, "a layer rotates whole heads here, or nothing"),
+        "partial_rotary_factor": Only(1.0, "KerasHub's layers fail with another value"),
     },
     fixed={"tie_weights": True},
     read=read_smollm3,
     write=write_smollm3,
     weights={
         "attention_norm.scale": "input_layernorm.scale",
-        **{f"attention.{n}.kernel": (f"self_attn.{n[0]}_proj.kernel", "flat_heads") for n in ("query", "key", "value")},
-        **{f"attention.{n}.bias": (f"self_attn.{n[0]}_proj.bias", "flat_heads") for n in ("query", "key", "value")},
+        **{f"attention.{n}.kernel": (f"self_attn.{n[0]}_proj.kernel", FLAT_HEADS) for n in ("query", "key", "value")},
+        **{f"attention.{n}.bias": (f"self_attn.{n[0]}_proj.bias", FLAT_HEADS) for n in ("query", "key", "value")},
         "attention.output_projection.kernel": "self_attn.o_proj.kernel",
         "feedforward_norm.scale": "post_attention_layernorm.scale",
         **{f"{n}.kernel": f"mlp.{n}_proj.kernel" for n in ("gate", "up", "down")},
@@ -253,4 +257,4 @@ SMOLLM3 = Family(
     final_norm="norm",
 )
 
-FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3, SMOLLM3)
+FAMILIES = (LLAMA, MISTRAL, QWEN, QWEN3, GEMMA, GEMMA3, PHI3, SMOLLM3, GPT_NEOX, MIXTRAL, QWEN_MOE, QWEN3_MOE, GPT_OSS)

@@ -10,15 +10,19 @@ PLAIN = {
     "norm": "rms_norm",
     "norm_epsilon": 1e-6,
     "use_post_norm": False,
+    "parallel_residual": False,
     "use_feedforward_bias": False,
+    "feed_forward": None,
     "use_attention_bias": False,
     "use_output_bias": False,
     "query_key_norm": None,
     "query_key_norm_epsilon": 1e-6,
     "rope_wavelength": 10_000.0,
+    "rotary_dim": None,
     "rope_scaling": None,
     "attention_scale": None,
     "attention_softcap": None,
+    "softmax_sink": False,
     "attention_window": None,
     "embedding_scale": None,
     "tie_weights": False,
@@ -57,7 +61,7 @@ class Family:
         fixed: settings that all its models share, where they are not `PLAIN`.
         read: `(backbone, layer) -> settings` of one built layer.
         write: `(settings of each layer) -> fields`, for the fields that `read` takes care of.
-        weights: weight of our block to the weight of its layer; a pair adds the name of a layout (`weights.LAYOUTS`).
+        weights: weight of our block to the weight of its layer; a pair adds a `Layout`.
         rotation: where a layer keeps its rotary embedding. Weights in it follow from the fields.
         rotates: where a layer keeps whether it rotates; None if all layers do.
         final_norm: where the backbone keeps its last norm.

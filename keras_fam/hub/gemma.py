@@ -1,6 +1,7 @@
 """The tables of Gemma 1 and 2 and of Gemma 3, as in `families`."""
 
 from keras_fam.hub.family import NO_DROPOUT, READ, SIZES, Family, Only, Unused, linear, linear_factor
+from keras_fam.hub.layouts import HEADS_FIRST
 from keras_fam.layers.activations import gelu_tanh
 
 
@@ -68,9 +69,9 @@ GEMMA_FIELDS = {
 }
 GEMMA_WEIGHTS = {
     "attention_norm.scale": "pre_attention_norm.scale",
-    "attention.query.kernel": ("attention.query_dense.kernel", "heads_first"),
-    "attention.key.kernel": ("attention.key_dense.kernel", "heads_first"),
-    "attention.value.kernel": ("attention.value_dense.kernel", "heads_first"),
+    "attention.query.kernel": ("attention.query_dense.kernel", HEADS_FIRST),
+    "attention.key.kernel": ("attention.key_dense.kernel", HEADS_FIRST),
+    "attention.value.kernel": ("attention.value_dense.kernel", HEADS_FIRST),
     "attention.output_projection.kernel": "attention.output_dense.kernel",
     "post_attention_norm.scale": "post_attention_norm.scale",
     "feedforward_norm.scale": "pre_ffw_norm.scale",

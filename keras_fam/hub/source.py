@@ -135,7 +135,7 @@ def _check_norm(final_norm, settings):
 
 def _check_rotation(backbone, layer, family, settings):
     """The frequencies of the built layer against those of the settings: KerasHub's fields are not always used."""
-    rotary, width = walk(layer, family.rotation), settings["head_dim"]
+    rotary, width = walk(layer, family.rotation), settings["rotary_dim"] or settings["head_dim"]
     if settings["rope_wavelength"] is None:
         raise ValueError(
             f"The layers of {type(backbone).__name__} rotate queries and keys; received a `rope_wavelength` of None."

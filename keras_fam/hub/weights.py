@@ -6,19 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fam.hub.layouts import SAME, Layout
 from keras_fam.hub.source import walk
 from keras_fam.models.lora import learned_memory_weights
 from keras_fam.ops.backend import refresh_torch_parameters
-
-# How a weight of one model is laid out in the other, `(value, shape there) -> value`, either way; and what differs.
-LAYOUTS = {
-    None: (lambda x, shape: x, "nothing"),
-    "heads_first": (
-        lambda x, shape: ops.transpose(x, (1, 0, 2)),
-        "[heads, width, head] there, [width, heads, head] here",
-    ),
-    "flat_heads": (ops.reshape, "[width, heads · head] there, [width, heads, head] here"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +21,7 @@ class Pair:
     our_name: str
     theirs: keras.layers.Layer
     their_name: str
-    layout: str | None
+    layout: Layout
 
 
 def variable(layer, name):
@@ -49,14 +40,15 @@ def memory_weights(backbone):
 
 def pairs(backbone, source, family):
     """All `Pair`s of a built `TransformerFAMBackbone` and a KerasHub backbone; ValueError if a weight is left over."""
-    found = [_pair("token_embedding.embeddings", backbone, "token_embedding.embeddings", source, None)]
+    found = [_pair("token_embedding.embeddings", backbone, "token_embedding.embeddings", source)]
     if not backbone.tie_weights:
         name = "token_embedding.reverse_embeddings"
-        found.append(_pair(name, backbone, name, source, None))
-    found.append(_pair("final_norm.scale", backbone, f"{family.final_norm}.scale", source, None))
+        found.append(_pair(name, backbone, name, source))
+    for name in ("gamma", "beta") if backbone.blocks[0].norm == "layer_norm" else ("scale",):
+        found.append(_pair(f"final_norm.{name}", backbone, f"{family.final_norm}.{name}", source))
     for i, (block, layer) in enumerate(zip(backbone.blocks, source.transformer_layers, strict=True)):
         for path, theirs in family.weights.items():
-            theirs, layout = (theirs, None) if isinstance(theirs, str) else theirs
+            theirs, layout = (theirs, SAME) if isinstance(theirs, str) else theirs
             if walk(block, path) is not None:
                 found.append(_pair(path, block, theirs, layer, layout, f"blocks[{i}]."))
     _check_left_over(backbone, [(p.ours, p.our_name) for p in found], memory_weights(backbone))
@@ -65,7 +57,7 @@ def pairs(backbone, source, family):
     return found
 
 
-def _pair(our_path, ours, their_path, theirs, layout, prefix=""):
+def _pair(our_path, ours, their_path, theirs, layout=SAME, prefix=""):
     def layer(holder, path):
         found = walk(holder, path.rpartition(".")[0])
         if found is None or getattr(found, path.rpartition(".")[2], None) is None:
@@ -92,7 +84,7 @@ def copy(pair_list, back=False):
         there, here = (p.theirs, p.their_name), (p.ours, p.our_name)
         (layer, name), target = (here, variable(*there)) if back else (there, variable(*here))
         value = ops.convert_to_tensor(getattr(layer, name))
-        value = LAYOUTS[p.layout][0](value, target.shape)
+        value = p.layout.write(value, target.value) if back else p.layout.read(value, target.shape)
         if tuple(value.shape) != tuple(target.shape):
             raise ValueError(f"{p.path} has the shape {tuple(target.shape)}; received {tuple(value.shape)}.")
         # A copy: a training step on JAX donates the buffers of its variables.
@@ -103,8 +95,8 @@ def share(pair_list, backbone):
     """Replaces our variables by the source's; ValueError if one cannot be shared, before anything is changed."""
     for p in pair_list:
         ours, theirs = variable(p.ours, p.our_name), variable(p.theirs, p.their_name)
-        if p.layout is not None:
-            why = f"its layout differs: {LAYOUTS[p.layout][1]}"
+        if p.layout is not SAME:
+            why = f"its layout differs: {p.layout.difference}"
         elif getattr(p.theirs, "lora_enabled", False):
             why = "the source adds a LoRA update to it"
         elif ours.dtype != theirs.dtype:

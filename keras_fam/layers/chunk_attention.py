@@ -230,7 +230,7 @@ def _attend_whole_blocks(attention, query, keys, values, rows, position, chunk):
         segments=segments,
         back=attention.positions.back,
         visible=seen,
-        softcap=attention.attention_softcap,
+        **attention.softmax_settings,
         bias=None if rows is None else rows.bias,
         stop_gradient=attention.stop_memory_gradient,
     )
@@ -268,7 +268,7 @@ def _attend_positions(attention, query, keys, values, rows, position, chunk):
         segments=m,
         own=own,
         back=attention.positions.back,
-        softcap=attention.attention_softcap,
+        **attention.softmax_settings,
         bias=None if rows is None else rows.bias,
         stop_gradient=attention.stop_memory_gradient,
     )

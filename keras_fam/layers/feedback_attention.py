@@ -70,9 +70,13 @@ class FeedbackAttention(RecurrentLayer):
             being compressed).
         stop_memory_gradient: whether gradients stop at the memory segments (the ablation M1_SG).
         rope_wavelength: base of RoPE; None for no rotation.
+        rotary_dim: None (all H), or how many features of each head are rotated, its first ones; even (GPT-NeoX).
         rope_scaling: None or a dict, see `keras_fam.ops.rope.inverse_wavelengths`.
         attention_scale: factor of the logits; None means H^-0.5.
         attention_softcap: None or the soft cap of the logits.
+        softmax_sink: whether the softmax has one more term: a learned logit per query head, `[N]`, 0 at first, that no
+            value belongs to, for tokens and memory rows (GPT-OSS, arXiv 2508.10925). Not to be confused with
+            `attention_sinks`.
         use_attention_bias: whether query, key and value have biases.
         use_output_bias: whether the output projection has a bias.
         query_key_norm: None, or norms over H on queries and keys before the rotation: `"rms_norm"` (Qwen 3), or
@@ -90,9 +94,9 @@ class FeedbackAttention(RecurrentLayer):
     SETTINGS = (
         "num_query_heads", "head_dim", "num_key_value_heads", "block_size", "memory_segments", "fam_length",
         "attention_window", "attention_sinks", "num_visible_memories", "initial_fam", "fam_query", "memory_update",
-        "fam_gate", "fam_position", "fam_query_position", "stop_memory_gradient", "rope_wavelength", "rope_scaling",
-        "attention_scale", "attention_softcap", "use_attention_bias", "use_output_bias", "query_key_norm",
-        "query_key_norm_epsilon",
+        "fam_gate", "fam_position", "fam_query_position", "stop_memory_gradient", "rope_wavelength", "rotary_dim",
+        "rope_scaling", "attention_scale", "attention_softcap", "softmax_sink", "use_attention_bias",
+        "use_output_bias", "query_key_norm", "query_key_norm_epsilon",
     )  # fmt: skip
 
     # Plain attributes of this layer; `RecurrentLayer` has them as properties of its attention.
@@ -118,9 +122,11 @@ class FeedbackAttention(RecurrentLayer):
         fam_query_position: str = "previous",
         stop_memory_gradient: bool = False,
         rope_wavelength: float | None = 10_000.0,
+        rotary_dim: int | None = None,
         rope_scaling: dict | None = None,
         attention_scale: float | None = None,
         attention_softcap: float | None = None,
+        softmax_sink: bool = False,
         use_attention_bias: bool = False,
         use_output_bias: bool = False,
         query_key_norm: str | None = None,
@@ -141,6 +147,7 @@ class FeedbackAttention(RecurrentLayer):
         self.seed_generator = keras.random.SeedGenerator() if self.draws else None
         self.positions = BlockPositions(
             head_dim=head_dim,
+            rotary_dim=rotary_dim,
             block_size=block_size,
             fam_length=fam_length,
             fam_position=fam_position,
@@ -207,6 +214,15 @@ class FeedbackAttention(RecurrentLayer):
             self.key_norm = NORMS[self.query_key_norm](name="key_norm", **norm)
             self.query_norm.build((None, None, self.num_query_heads, self.head_dim))
             self.key_norm.build((None, None, self.num_key_value_heads, self.head_dim))
+        self.softmax_sink_logit = None
+        if self.softmax_sink:
+            self.softmax_sink_logit = self.add_weight(
+                shape=(self.num_query_heads,),
+                dtype=self.memory_dtype,
+                initializer="zeros",
+                autocast=False,
+                name="softmax_sink",
+            )
         self.memory_update.build((None, self.fam_length, self.hidden_dim))
         self.gate_bias = None
         if self.fam_length and self.fam_gate is not None and not self.memory_is_closed:
@@ -286,6 +302,12 @@ class FeedbackAttention(RecurrentLayer):
         """Factor of the logits, taken into the queries."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
+    @property
+    def softmax_settings(self):
+        """Keywords of `attend` and its kin that are the same for tokens and for memory rows."""
+        sink = self.softmax_sink_logit
+        return {"softcap": self.attention_softcap, "sink": None if sink is None else ops.convert_to_tensor(sink)}
+
     def project_query(self, x):
         """Scaled, normed queries `[B, *, N, H]`, not rotated."""
         query = call_dense(self.query, x)
@@ -315,7 +337,7 @@ class FeedbackAttention(RecurrentLayer):
         """Attention among memory rows alone, before the first block (App. B.1): `[1, F, D]` to `[1, F, N, H]`."""
         table = self.positions.memory_key
         query, (key, value) = self.project_query(normed), self.project_key_value(normed)
-        return attend(rotate(query, table), rotate(key, table), value, None, self.attention_softcap)
+        return attend(rotate(query, table), rotate(key, table), value, None, **self.softmax_settings)
 
     def sinks(self, state):
         """Keys, rotated for readers in any block, and values `[B, W, K, H]` of the stream's first tokens."""

@@ -168,7 +168,7 @@ def _write(layer, memory, x, sinks):
         visible = x["visible"]
         mask = ops.concatenate([visible, ops.ones((ops.shape(visible)[0], attention.block_size), "bool")], axis=1)
         mask = ops.expand_dims(mask, 1)
-    attended = attend(x["query"], key, value, mask, attention.attention_softcap)
+    attended = attend(x["query"], key, value, mask, **attention.softmax_settings)
     return layer.memory_output(attended, x["residual"], x.get("seed"))
 
 

@@ -6,6 +6,8 @@ its build config, because its own policy says nothing about them.
 
 import keras
 
+from keras_fam.layers.mixture_of_experts import MixtureOfExperts
+
 CALIBRATED = ("gptq", "awq")
 
 
@@ -81,13 +83,16 @@ class QuantizedSublayersMixin:
         """As `keras.Model.quantize`, for `"int8"`, `"int4"` and `"float8"` (for inference).
 
         Raises:
-            ValueError: for `"gptq"` and `"awq"`. The model is left unchanged.
+            ValueError: for `"gptq"` and `"awq"`, and for a mixture of experts. The model is left unchanged.
         """
         if mode in CALIBRATED:
             raise ValueError(
                 f"{self.name} cannot be quantized by {mode!r}: Keras calibrates a model block by block on its outputs "
                 "alone, without the memory that the blocks of this model start from. Use 'int8' or 'int4'."
             )
+        for layer in self._flatten_layers():
+            if isinstance(layer, MixtureOfExperts):
+                layer.quantize(mode)
         return super().quantize(mode=mode, type_check=type_check, config=config, **kwargs)
 
     def get_build_config(self):

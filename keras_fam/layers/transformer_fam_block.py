@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_fam.layers import feed_forward as feed_forwards
 from keras_fam.layers.fast_call import run
 from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.normalization import NORMS
@@ -34,21 +35,26 @@ class TransformerFAMBlock(RecurrentLayer):
     Args:
         num_query_heads: N.
         head_dim: H, even if positions are rotated.
-        intermediate_dim: width of the feed-forward part.
+        intermediate_dim: width of the feed-forward part; may be None with `feed_forward`.
         num_key_value_heads: K, a divisor of N; None means N (multi-head), 1 is multi-query.
         block_size: S, tokens in a block.
         memory_segments: m, past blocks whose keys and values stay visible.
         fam_length: F, rows of memory; 0 is TransformerBSWA.
         attention_window, attention_sinks, num_visible_memories, initial_fam, fam_query, memory_update, fam_gate,
-            fam_position, fam_query_position, stop_memory_gradient, rope_wavelength, rope_scaling, attention_scale,
-            attention_softcap, use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see
-            `FeedbackAttention`. The epsilon defaults to `norm_epsilon`.
+            fam_position, fam_query_position, stop_memory_gradient, rope_wavelength, rotary_dim, rope_scaling,
+            attention_scale, attention_softcap, softmax_sink, use_attention_bias, use_output_bias, query_key_norm,
+            query_key_norm_epsilon: see `FeedbackAttention`. The epsilon defaults to `norm_epsilon`.
         activation: any Keras activation.
         gated: whether the feed-forward part is `down(activation(gate(x)) * up(x))` or `down(activation(up(x)))`.
         norm: `"rms_norm"`, `"offset_rms_norm"` (multiplies by 1 + scale: Gemma) or `"layer_norm"`.
         norm_epsilon: epsilon of the norms.
         use_post_norm: whether attention and feed-forward outputs are normed before they are added (Gemma 2).
+        parallel_residual: whether the feed-forward part reads the residual itself, the layer's input, so that both
+            parts are added to it at once (GPT-NeoX, arXiv 2204.06745), in place of one after the other.
         use_feedforward_bias: whether the feed-forward part has biases.
+        feed_forward: None, or any Keras layer in the place of the feed-forward part, such as
+            `keras_fam.MixtureOfExperts` (or its config): `[B, T, D]` to `[B, T, D]`, each row by itself, without a
+            state; memory rows pass it too. `activation`, `gated` and `use_feedforward_bias` are then of no use.
         dropout: rate, after attention and after feed-forward, for tokens and memory rows, in training.
         stateful: whether a call continues where the last one stopped; needs a fixed batch size. See `reset_state`.
         kernel_initializer: initializer of all kernels.
@@ -64,15 +70,15 @@ class TransformerFAMBlock(RecurrentLayer):
     """
 
     SETTINGS = (
-        "intermediate_dim", "activation", "gated", "norm", "norm_epsilon", "use_post_norm", "use_feedforward_bias",
-        "dropout",
+        "intermediate_dim", "activation", "gated", "norm", "norm_epsilon", "use_post_norm", "parallel_residual",
+        "use_feedforward_bias", "feed_forward", "dropout",
     )  # fmt: skip
 
     def __init__(
         self,
         num_query_heads: int,
         head_dim: int,
-        intermediate_dim: int,
+        intermediate_dim: int | None,
         *,
         num_key_value_heads: int | None = None,
         block_size: int = 1024,
@@ -89,9 +95,11 @@ class TransformerFAMBlock(RecurrentLayer):
         fam_query_position: str = "previous",
         stop_memory_gradient: bool = False,
         rope_wavelength: float | None = 10_000.0,
+        rotary_dim: int | None = None,
         rope_scaling: dict | None = None,
         attention_scale: float | None = None,
         attention_softcap: float | None = None,
+        softmax_sink: bool = False,
         use_attention_bias: bool = False,
         use_output_bias: bool = False,
         query_key_norm: str | None = None,
@@ -101,7 +109,9 @@ class TransformerFAMBlock(RecurrentLayer):
         norm: str = "rms_norm",
         norm_epsilon: float = 1e-6,
         use_post_norm: bool = False,
+        parallel_residual: bool = False,
         use_feedforward_bias: bool = False,
+        feed_forward=None,
         dropout: float = 0.0,
         stateful: bool = False,
         kernel_initializer="glorot_uniform",
@@ -111,7 +121,8 @@ class TransformerFAMBlock(RecurrentLayer):
     ):
         attention = {name: value for name, value in locals().items() if name in FeedbackAttention.SETTINGS}
         super().__init__(stateful=stateful, name=name, dtype=dtype, trainable=trainable)
-        require_positive_integer("intermediate_dim", intermediate_dim)
+        if feed_forward is None or intermediate_dim is not None:
+            require_positive_integer("intermediate_dim", intermediate_dim)
         require_one_of("norm", norm, NORMS)
         require_positive("norm_epsilon", norm_epsilon)
         if not 0 <= dropout < 1:
@@ -122,7 +133,9 @@ class TransformerFAMBlock(RecurrentLayer):
         self.norm = norm
         self.norm_epsilon = norm_epsilon
         self.use_post_norm = use_post_norm
+        self.parallel_residual = parallel_residual
         self.use_feedforward_bias = use_feedforward_bias
+        self.feed_forward = feed_forwards.get(feed_forward, self.dtype_policy)
         self.dropout = dropout
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         attention["query_key_norm_epsilon"] = norm_epsilon if query_key_norm_epsilon is None else query_key_norm_epsilon
@@ -141,15 +154,18 @@ class TransformerFAMBlock(RecurrentLayer):
 
     def build(self, input_shape):
         self.hidden_dim = input_shape[-1]
-        inner = (None, None, self.intermediate_dim)
         self.attention.build((None, *input_shape[1:]))
         self.attention_norm = self._norm("attention_norm")
         self.feedforward_norm = self._norm("feedforward_norm")
         self.post_attention_norm = self._norm("post_attention_norm") if self.use_post_norm else None
         self.post_feedforward_norm = self._norm("post_feedforward_norm") if self.use_post_norm else None
-        self.gate = self._dense("gate", self.intermediate_dim, input_shape) if self.gated else None
-        self.up = self._dense("up", self.intermediate_dim, input_shape)
-        self.down = self._dense("down", self.hidden_dim, inner)
+        self.gate = self.up = self.down = None
+        if self.feed_forward is not None:
+            feed_forwards.build(self.feed_forward, self.hidden_dim)
+        else:
+            self.gate = self._dense("gate", self.intermediate_dim, input_shape) if self.gated else None
+            self.up = self._dense("up", self.intermediate_dim, input_shape)
+            self.down = self._dense("down", self.hidden_dim, (None, None, self.intermediate_dim))
         self._build_state(input_shape[0])
 
     def make_norm(self, name):
@@ -190,17 +206,19 @@ class TransformerFAMBlock(RecurrentLayer):
         if self.post_attention_norm is not None:
             attended = run(self.post_attention_norm, attended)
         attended = dropout(attended, self.dropout, seed)
-        x = x + ops.cast(attended, x.dtype)
-        y = self.feed_forward(run(self.feedforward_norm, x))
+        attended = x + ops.cast(attended, x.dtype)
+        y = self.apply_feed_forward(run(self.feedforward_norm, x if self.parallel_residual else attended))
         if self.post_feedforward_norm is not None:
             y = run(self.post_feedforward_norm, y)
         y = dropout(y, self.dropout, fold_in(seed, 1))
-        return x + ops.cast(y, x.dtype)
+        return attended + ops.cast(y, x.dtype)
 
     memory_output = token_output  # Alg. 2: the memory passes the layer's own weights
 
-    def feed_forward(self, x):
+    def apply_feed_forward(self, x):
         """`[B, *, D]` to `[B, *, D]`."""
+        if self.feed_forward is not None:
+            return self.feed_forward(x)
         shape = ops.shape(x)
         x = ops.reshape(x, (-1, shape[-1]))  # one matrix of rows, see `call_dense`
         hidden = run(self.up, x)
@@ -218,6 +236,7 @@ class TransformerFAMBlock(RecurrentLayer):
         config.update({name: attention[name] for name in self.attention.SETTINGS})
         config.update({name: getattr(self, name) for name in self.SETTINGS})
         config["activation"] = keras.activations.serialize(self.activation)
+        config["feed_forward"] = feed_forwards.serialize(self.feed_forward, self.dtype_policy)
         config["kernel_initializer"] = keras.initializers.serialize(self.kernel_initializer)
         config["stateful"] = self.stateful
         return config

@@ -62,8 +62,18 @@ def check_attention_settings(attention):
         )
     if attention.rope_wavelength is not None:
         require_positive("rope_wavelength", attention.rope_wavelength)
-        if attention.head_dim % 2:
-            raise ValueError(f"RoPE rotates pairs, so `head_dim` must be even; received {attention.head_dim}.")
+        name = "head_dim" if attention.rotary_dim is None else "rotary_dim"
+        require_positive_integer(name, getattr(attention, name))
+        if getattr(attention, name) % 2:
+            raise ValueError(f"RoPE rotates pairs, so `{name}` must be even; received {getattr(attention, name)}.")
+    if attention.rotary_dim is not None and (
+        attention.rope_wavelength is None or attention.rotary_dim > attention.head_dim
+    ):
+        raise ValueError(
+            "`rotary_dim` features of each head are rotated, at most `head_dim`, with a `rope_wavelength`; received "
+            f"rotary_dim={attention.rotary_dim}, head_dim={attention.head_dim} and "
+            f"rope_wavelength={attention.rope_wavelength}. Leave it out to rotate all of them, or none."
+        )
     if attention.fam_length > attention.block_size:
         raise ValueError(
             "`fam_length` must be at most `block_size`: the memory compresses a block, and its rows stand at positions "

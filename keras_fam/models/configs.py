@@ -2,7 +2,11 @@
 
 import math
 
+import keras
+
+from keras_fam.layers import feed_forward as feed_forwards
 from keras_fam.layers import memory_update as memory_updates
+from keras_fam.layers.mixture_of_experts import MixtureOfExperts
 
 _PAPER = {
     "vocabulary_size": 256_000,
@@ -58,7 +62,7 @@ def weight_shapes(settings: dict) -> dict:
 
     Args:
         settings: keywords of `TransformerFAMBackbone`, for example from `model_config`. Sizes, heads, gating, biases,
-            norms and memory are read.
+            norms, `feed_forward` and memory are read.
 
     Returns:
         A dict from weight name to shape.
@@ -84,9 +88,14 @@ def weight_shapes(settings: dict) -> dict:
         block |= {"attention/query_norm/scale": (H,), "attention/key_norm/scale": (H,)}
     if settings.get("use_post_norm"):
         block |= norm("post_attention_norm") | norm("post_feedforward_norm")
-    for name in ("gate", "up") if settings.get("gated", True) else ("up",):
-        block |= dense(name, (D, M), (M,), "use_feedforward_bias")
-    block |= dense("down", (M, D), (D,), "use_feedforward_bias")
+    if settings.get("feed_forward") is not None:
+        block |= _feed_forward_shapes(settings["feed_forward"], D)
+    else:
+        for name in ("gate", "up") if settings.get("gated", True) else ("up",):
+            block |= dense(name, (D, M), (M,), "use_feedforward_bias")
+        block |= dense("down", (M, D), (D,), "use_feedforward_bias")
+    if settings.get("softmax_sink"):
+        block["attention/softmax_sink"] = (N,)
     if F:
         update = memory_updates.get(settings.get("memory_update", "residual"))
         update.build((None, F, D))
@@ -104,6 +113,17 @@ def weight_shapes(settings: dict) -> dict:
     if not settings.get("tie_weights", True):
         shapes["token_embedding/reverse_embeddings"] = (D, settings["vocabulary_size"])
     return shapes
+
+
+def _feed_forward_shapes(feed_forward, hidden_dim):
+    """Shapes of the weights of a layer in the place of the feed-forward part. One that this package does not know is
+    built for it."""
+    policy = keras.config.dtype_policy()
+    layer = feed_forwards.get(feed_forwards.serialize(feed_forward, policy), policy)
+    if isinstance(layer, MixtureOfExperts):
+        return {f"feed_forward/{name}": shape for name, shape in layer.weight_shapes(hidden_dim).items()}
+    feed_forwards.build(layer, hidden_dim)
+    return {f"feed_forward/{v.path.partition('/')[2]}": tuple(v.shape) for v in layer.trainable_weights}
 
 
 def count_weights(settings: dict) -> int:

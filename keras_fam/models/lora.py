@@ -40,8 +40,9 @@ class LoRAMixin:
                 or each layer's rows), and the weights of `fam_gate` and `memory_update`, where there are any.
 
         Raises:
-            ValueError: for an invalid rank or name, if LoRA is already enabled, or if a kernel is quantized in a mode
-                that LoRA does not support (int8 and int4 are supported). The model is left unchanged.
+            ValueError: for an invalid rank or name, if LoRA is already enabled, if a kernel is quantized in a mode
+                that LoRA does not support (int8 and int4 are supported), or if the feed-forward part of a layer is
+                asked for where it is a layer of its own (`feed_forward`). The model is left unchanged.
         """
         backbone = backbone_of(self)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -54,6 +55,13 @@ class LoRAMixin:
         names = _target_names(backbone, [targets] if isinstance(targets, str) else list(targets))
         if not backbone.built:
             backbone.build()
+        for block in backbone.blocks if names & {*FEED_FORWARD} else ():
+            if block.feed_forward is not None:
+                raise ValueError(
+                    "LoRA updates the kernels of attention and of the plain feed-forward part; that of "
+                    f"{block.name} is a layer of its own ({type(block.feed_forward).__name__}). Received targets="
+                    f'{targets!r}; pass targets=["attention"].'
+                )
         chosen = [layer for name, layer in _candidates(backbone) if name.partition("/")[2] in names]
         modes = {layer.quantization_mode for layer in chosen} - {None, "int8", "int4"}
         if modes:

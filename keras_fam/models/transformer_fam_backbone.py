@@ -7,12 +7,10 @@ from keras import ops
 
 from keras_fam.distribution.layout_map import layout_map
 from keras_fam.distribution.state_sharding import shard_output, shard_state
-from keras_fam.layers import memory_update as memory_updates
-from keras_fam.layers.feedback_attention import FeedbackAttention
 from keras_fam.layers.memory_scan import rows_for_lowest
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
-from keras_fam.layers.validation import require_layer_below, require_positive, require_positive_integer
+from keras_fam.models.backbone_settings import check_equal_settings, check_settings, for_blocks, for_single_blocks
 from keras_fam.models.initial_state import make_initial_state
 from keras_fam.models.lora import LoRAMixin
 from keras_fam.models.preset_io import PresetMixin, load_backbone
@@ -23,10 +21,6 @@ from keras_fam.ops.random import fold_in, next_seed
 from keras_fam.ops.token_ids import clip_token_ids
 from keras_fam.state import StreamState, advance_position, position_spec
 from keras_fam.training.checked_inputs import CheckedInputs
-
-# Settings that every layer of a backbone takes.
-BLOCK_SETTINGS = (*FeedbackAttention.SETTINGS, *TransformerFAMBlock.SETTINGS)
-_EQUAL_IN_ALL_LAYERS = ("block_size", "fam_length", "initial_fam", "fam_query", "num_visible_memories")
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
@@ -53,7 +47,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         num_layers: L.
         hidden_dim: D.
         num_query_heads: N.
-        intermediate_dim: width of the feed-forward part.
+        intermediate_dim: width of the feed-forward part; may be None with `feed_forward`.
         num_key_value_heads: K, a divisor of N; None means N.
         head_dim: H; None means D // N.
         block_size: S, tokens in a block; the memory is written once per block.
@@ -72,9 +66,13 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         fam_gate: None (the paper's form), or where a learned bias on reading the memory starts, one per layer and query
             head; `float("-inf")` closes the memory. See `FeedbackAttention`.
         attention_window, attention_sinks, num_visible_memories, fam_position, fam_query_position, stop_memory_gradient,
-            rope_wavelength, rope_scaling, attention_scale, attention_softcap, use_attention_bias, use_output_bias,
-            query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
-        activation, gated, norm, norm_epsilon, use_post_norm, use_feedforward_bias, dropout: see `TransformerFAMBlock`.
+            rope_wavelength, rotary_dim, rope_scaling, attention_scale, attention_softcap, softmax_sink,
+            use_attention_bias, use_output_bias, query_key_norm, query_key_norm_epsilon: see `FeedbackAttention`.
+        feed_forward: None, or any Keras layer in the place of the feed-forward part, of which each layer gets a copy
+            with weights of its own (or a layer's config; layers that differ: `layer_settings`). See
+            `TransformerFAMBlock` and `MixtureOfExperts`.
+        activation, gated, norm, norm_epsilon, use_post_norm, parallel_residual, use_feedforward_bias, dropout: see
+            `TransformerFAMBlock`.
         embedding_scale: None, or a factor of the token embeddings (Gemma).
         tie_weights: whether the output head is the transposed embedding.
         logit_softcap: None, or the soft cap of the logits (Gemma 2).
@@ -110,7 +108,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         num_layers: int,
         hidden_dim: int,
         num_query_heads: int,
-        intermediate_dim: int,
+        intermediate_dim: int | None,
         *,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
@@ -130,9 +128,11 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         stop_memory_gradient: bool = False,
         # the Transformer layer
         rope_wavelength: float | None = 10_000.0,
+        rotary_dim: int | None = None,
         rope_scaling: dict | None = None,
         attention_scale: float | None = None,
         attention_softcap: float | None = None,
+        softmax_sink: bool = False,
         use_attention_bias: bool = False,
         use_output_bias: bool = False,
         query_key_norm: str | None = None,
@@ -142,7 +142,9 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         norm: str = "rms_norm",
         norm_epsilon: float = 1e-6,
         use_post_norm: bool = False,
+        parallel_residual: bool = False,
         use_feedforward_bias: bool = False,
+        feed_forward=None,
         dropout: float = 0.0,
         # the model
         embedding_scale: float | None = None,
@@ -159,43 +161,12 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
         dtype=None,
         trainable: bool = True,
     ):
-        block_settings = {key: value for key, value in locals().items() if key in BLOCK_SETTINGS}
+        given = dict(locals())
         super().__init__(name=name, dtype=dtype, trainable=trainable)
-        sizes = {"vocabulary_size": vocabulary_size, "num_layers": num_layers, "hidden_dim": hidden_dim}
-        for key, value in {**sizes, "num_query_heads": num_query_heads}.items():
-            require_positive_integer(key, value)
-        for key, value in (("blocks_per_step", blocks_per_step), ("backpropagation_steps", backpropagation_steps)):
-            if value is not None:
-                require_positive_integer(key, value)
-        if logit_softcap is not None:
-            require_positive("logit_softcap", logit_softcap)
-        if head_dim is None and hidden_dim % num_query_heads:
-            raise ValueError(
-                "`hidden_dim` must be a multiple of `num_query_heads` unless `head_dim` is given; received "
-                f"{hidden_dim} and {num_query_heads}."
-            )
-        if layer_settings is not None and len(layer_settings) != num_layers:
-            raise ValueError(
-                f"`layer_settings` must have one dict per layer, {num_layers}; received {len(layer_settings)}."
-            )
-        if remat not in (False, True, "layers"):
-            raise ValueError(
-                f'`remat` must be False, True (steps of blocks) or "layers" (and layers within them); received '
-                f"{remat!r}."
-            )
-        if scan_layers and layer_settings is not None:
-            raise ValueError(
-                "`scan_layers=True` runs all layers as one loop, so they must be equal; received `layer_settings` too. "
-                "Leave one of them out."
-            )
-        if num_layers == 1 and fam_length:
-            require_layer_below(fam_query, "a model of one layer")
+        check_settings(given)
         self.vocabulary_size, self.num_layers, self.hidden_dim = vocabulary_size, num_layers, hidden_dim
-        block_settings["num_key_value_heads"] = num_query_heads if num_key_value_heads is None else num_key_value_heads
-        block_settings["memory_update"] = memory_updates.serialize(memory_updates.get(memory_update))
-        block_settings["head_dim"] = hidden_dim // num_query_heads if head_dim is None else head_dim
-        self.block_settings = block_settings
-        self.layer_settings = layer_settings
+        self.block_settings = for_blocks(given, self.dtype_policy)
+        self.layer_settings = for_single_blocks(layer_settings, self.dtype_policy)
         self.initial_fam = initial_fam
         self.embedding_scale, self.tie_weights, self.logit_softcap = embedding_scale, tie_weights, logit_softcap
         self.backpropagation_steps = backpropagation_steps
@@ -210,11 +181,8 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
             name="token_embedding",
         )
         self.blocks = [self._make_block(i) for i in range(num_layers)]
+        check_equal_settings(self.blocks)
         first = self.blocks[0].attention
-        for i, layer in enumerate(self.blocks):
-            for key in _EQUAL_IN_ALL_LAYERS:
-                if getattr(layer.attention, key) != getattr(first, key):
-                    raise ValueError(f"`{key}` must be the same in all layers; layer_settings[{i}] changes it.")
         self.block_size, self.fam_length = first.block_size, first.fam_length
         self.final_norm = self.blocks[0].make_norm("final_norm")
         self.random_state_passing = None

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_fam.ops.backend import is_eager, platform, remat
-from keras_fam.ops.key_bias import FEATURES, KeyBias
+from keras_fam.ops.key_bias import KeyBias, sink_as_key
 from keras_fam.ops.rope import rotate
 from keras_fam.ops.scan import scan
 
@@ -35,7 +35,7 @@ def record_attention():
         _records.pop()
 
 
-def attend(query, key, value, mask=None, softcap=None, visible=None, bias=None):
+def attend(query, key, value, mask=None, softcap=None, visible=None, bias=None, sink=None):
     """Softmax attention of `query` over `key` and `value`.
 
     On JAX and TensorFlow on a CPU, many rows and heads are computed a few at a time, and again in the backward pass,
@@ -49,16 +49,23 @@ def attend(query, key, value, mask=None, softcap=None, visible=None, bias=None):
         softcap: None, or c: logits become `c·tanh(logits / c)` before the mask (Gemma 2).
         visible: None, or bool `[A, W]`: keys that no query of the row sees are False.
         bias: None, or a `KeyBias` over the W keys, added after the soft cap.
+        sink: None, or `[N]`, a logit per query head that is one more term of the softmax's sum, without a value.
 
     Returns:
         `[A, Q, N, H]` in the dtype of `value`. The softmax is taken in float32 or wider.
     """
     if _records:
-        _record(query, key, value, mask, softcap, visible, bias)
+        _record(query, key, value, mask, softcap, visible, bias, sink)
     if softcap is None and fused_attention_exists(query.dtype):
-        if bias is None:
-            return _attend_fused(query, key, value, mask, visible)
-        return _attend_fused(*bias.as_features(query, key, value), mask, visible)[..., :-FEATURES]
+        biases = [] if bias is None else [bias]
+        if sink is not None:
+            key, value, mask, visible, last = sink_as_key(sink, key, value, mask, visible)
+            biases = [*(other.before(1) for other in biases), last]
+        width = value.shape[-1]
+        for other in biases:
+            query, key, value = other.as_features(query, key, value)
+        out = _attend_fused(query, key, value, mask, visible)
+        return out[..., :width] if biases else out
     # Heads first, and all queries of a key/value head in one matrix: plain batched products are the fastest everywhere.
     kv_heads, count, width = key.shape[-2], ops.shape(query)[1], value.shape[-1]
     groups = query.shape[-2] // kv_heads
@@ -67,14 +74,14 @@ def attend(query, key, value, mask=None, softcap=None, visible=None, bias=None):
     query = ops.reshape(query, (-1, kv_heads, groups * count, query.shape[-1]))
     key, value = ops.transpose(key, (0, 2, 3, 1)), ops.transpose(value, (0, 2, 1, 3))
     if step is None:
-        out = _attend_heads(query, key, value, mask, visible, softcap, groups, bias)
+        out = _attend_heads(query, key, value, mask, visible, softcap, groups, bias, sink)
     else:
-        out = _attend_in_steps(query, key, value, mask, visible, softcap, groups, bias, *step)
+        out = _attend_in_steps(query, key, value, mask, visible, softcap, groups, bias, sink, *step)
     out = ops.reshape(out, (-1, kv_heads, groups, count, width))
     return merge_heads(ops.transpose(out, (0, 3, 1, 2, 4)))
 
 
-def _attend_heads(query, key, value, mask, visible, softcap, groups, bias):
+def _attend_heads(query, key, value, mask, visible, softcap, groups, bias, sink):
     """`[A, K, G·Q, H]` over `[A, K, H, W]` and `[A, K, W, H]`, to `[A, K, G·Q, H]`."""
     logits = softmax_ready(ops.matmul(query, key), softcap)
     if bias is not None:
@@ -91,19 +98,26 @@ def _attend_heads(query, key, value, mask, visible, softcap, groups, bias):
         logits = masked(logits, ops.expand_dims(ops.expand_dims(mask, -3), -3))
         logits = ops.reshape(logits, shape)
     # The division comes last: it is then over H numbers a query instead of over W.
-    weights = ops.exp(logits - ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True)))
+    most = ops.max(logits, axis=-1, keepdims=True)
+    if sink is not None:  # [K, G·Q, 1]
+        sink = ops.reshape(ops.cast(sink, logits.dtype), (query.shape[1], groups, 1))
+        sink = ops.repeat(sink, query.shape[2] // groups, axis=1)
+        most = ops.maximum(most, sink)
+    most = ops.stop_gradient(most)
+    weights = ops.exp(logits - most)
     total = ops.sum(weights, axis=-1, keepdims=True)
+    total = total if sink is None else total + ops.exp(sink - most)
     out = ops.matmul(ops.cast(weights, value.dtype), value)
     return ops.cast(ops.cast(out, total.dtype) / total, value.dtype)
 
 
-def _record(query, key, value, mask, softcap, visible, bias):
+def _record(query, key, value, mask, softcap, visible, bias, sink):
     """Adds the weights of one call to the innermost list: the outputs for one-hot values."""
     open_lists, _records[:] = list(_records), []
     try:
         count = key.shape[1]
         one_hot = ops.broadcast_to(ops.eye(count, dtype=value.dtype)[None, :, None], (*key.shape[:3], count))
-        open_lists[-1].append(attend(query, key, one_hot, mask, softcap, visible, bias))
+        open_lists[-1].append(attend(query, key, one_hot, mask, softcap, visible, bias, sink))
     finally:
         _records[:] = open_lists
 
@@ -126,7 +140,7 @@ def _step_size(query, key, mask):
     return max(a for a in range(1, fitting // kv_heads + 1) if rows % a == 0), kv_heads
 
 
-def _attend_in_steps(query, key, value, mask, visible, softcap, groups, bias, rows, heads):
+def _attend_in_steps(query, key, value, mask, visible, softcap, groups, bias, sink, rows, heads):
     """`_attend_heads`, `rows` rows and `heads` heads at a time."""
     split = key.shape[1] // heads
 
@@ -136,13 +150,16 @@ def _attend_in_steps(query, key, value, mask, visible, softcap, groups, bias, ro
     xs = {"query": parts(query), "key": parts(key), "value": parts(value)}
     if visible is not None:
         xs["visible"] = ops.reshape(ops.repeat(visible, split, axis=0), (-1, rows, visible.shape[1]))
-    if bias is not None:
-        head = ops.reshape(bias.head, (split, heads, groups))
-        xs["bias"] = ops.tile(head, (xs["query"].shape[0] // split, 1, 1))
+    for name, head in (("bias", None if bias is None else bias.head), ("sink", sink)):
+        if head is not None:
+            head = ops.reshape(head, (split, heads, groups))
+            xs[name] = ops.tile(head, (xs["query"].shape[0] // split, 1, 1))
 
     def compute(x):
         own = None if bias is None else KeyBias(x["bias"], bias.keys)
-        return _attend_heads(x["query"], x["key"], x["value"], mask, x.get("visible"), softcap, groups, own)
+        return _attend_heads(
+            x["query"], x["key"], x["value"], mask, x.get("visible"), softcap, groups, own, x.get("sink")
+        )
 
     again = remat(compute, [])
     _, (out,) = scan(lambda carry, x: (carry, (again(x),)), (), xs, (xs["query"][0],))
@@ -212,6 +229,7 @@ def attend_blocks(
     visible=None,
     softcap=None,
     bias=None,
+    sink=None,
     stop_gradient=False,
 ):
     """Tokens of whole blocks over their windows `[memories, m previous blocks, own block]`.
@@ -228,6 +246,7 @@ def attend_blocks(
         visible: None, or bool `[1 or B, n, P·F + (m+1)·S]`: keys that exist for a block.
         softcap: see `attend`.
         bias: None, or a `KeyBias` over the P·F memory keys.
+        sink: see `attend`.
         stop_gradient: whether no gradient flows into the previous blocks' keys and values (M1_SG).
 
     Returns:
@@ -252,7 +271,7 @@ def attend_blocks(
         visible = merge(ops.broadcast_to(visible, (*ops.shape(query)[:2], visible.shape[2])))
     if bias is not None:
         bias = bias.before((segments + 1) * keys.shape[2])
-    out = attend(merge(query), key, value, ops.expand_dims(mask, 0), softcap, visible, bias)
+    out = attend(merge(query), key, value, ops.expand_dims(mask, 0), softcap, visible, bias, sink)
     return ops.reshape(out, (-1, *ops.shape(query)[1:]))
 
 
@@ -269,6 +288,7 @@ def attend_slots(
     back,
     softcap=None,
     bias=None,
+    sink=None,
     stop_gradient=False,
 ):
     """A few tokens at any place over the slots of a state: what `attend_blocks` computes, without filling a block.
@@ -287,6 +307,7 @@ def attend_slots(
         back: as in `attend_blocks`; takes an array of distances.
         softcap: see `attend`.
         bias: see `attend_blocks`.
+        sink: see `attend`.
         stop_gradient: see `attend_blocks`.
 
     Returns:
@@ -321,7 +342,13 @@ def attend_slots(
         bias = KeyBias(bias.head, np.tile(bias.keys, memory_key.shape[1])).before(num_blocks * block_size)
         logits = logits + bias.on_logits(kv_heads, logits.dtype)
     logits = masked(logits, mask[:, None, None])
-    weights = ops.cast(ops.softmax(logits, axis=-1), values.dtype)
+    if sink is None:
+        weights = ops.cast(ops.softmax(logits, axis=-1), values.dtype)
+    else:
+        sink = ops.reshape(ops.cast(sink, logits.dtype), (1, kv_heads, -1, 1, 1))
+        sink = ops.broadcast_to(sink, (*ops.shape(logits)[:-1], 1))
+        weights = ops.softmax(ops.concatenate([logits, sink], axis=-1), axis=-1)[..., :-1]
+        weights = ops.cast(weights, values.dtype)
     if memory_key is None:
         return merge_heads(over_slots(weights, values))
     count, rows = memory_key.shape[1:3]

@@ -1,4 +1,4 @@
-"""A learned number per query head on the logits of some keys, in attention of every kind."""
+"""A learned number per query head on the logits of some keys, or of none, in attention of every kind."""
 
 from typing import Any, NamedTuple
 
@@ -57,3 +57,26 @@ class KeyBias(NamedTuple):
 
         zeros = ops.zeros((1, 1, 1, FEATURES), value.dtype)
         return append(query, head), append(key, ops.convert_to_tensor(keys, key.dtype)), append(value, zeros)
+
+
+def sink_as_key(sink, key, value, mask, visible):
+    """A logit without a value (`softmax_sink`) as one more key, for fused attention.
+
+    Args:
+        sink: `[N]`, a logit per query head.
+        key: `[A, W, K, H]`.
+        value: `[A, W, K, H]`.
+        mask: None, or bool `[…, Q, W]`.
+        visible: None, or bool `[A, W]`.
+
+    Returns:
+        `(key, value, mask, visible, bias)` of W + 1 keys, the last one zeros that every query sees; `bias` is the
+        `KeyBias` that makes the sink of its logit.
+    """
+    count = key.shape[1]
+    key, value = (ops.pad(x, [[0, 0], [0, 1], [0, 0], [0, 0]]) for x in (key, value))
+    mask, visible = (
+        None if x is None else ops.concatenate([x, ops.ones((*ops.shape(x)[:-1], 1), "bool")], axis=-1)
+        for x in (mask, visible)
+    )
+    return key, value, mask, visible, KeyBias(sink, np.arange(count + 1) == count)

@@ -10,20 +10,32 @@ import math
 import numpy as np
 from keras import ops
 
+# What each type of `rope_scaling` needs.
+SCALING = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 
-def inverse_wavelengths(head_dim, wavelength=10_000.0, scaling=None):
-    """Angular frequencies of RoPE, float64 `[H/2]`.
+
+def inverse_wavelengths(rotary_dim, wavelength=10_000.0, scaling=None):
+    """Angular frequencies of RoPE, float64 `[R/2]`.
 
     Args:
-        head_dim: H, even.
+        rotary_dim: R, how many features of a head are rotated, even: all H of them, or the first ones.
         wavelength: base of the geometric progression (10,000 in the paper, App. B.2).
-        scaling: None, or a dict with `"type"`: `"linear"` (`factor`) or `"llama3"` (`factor`, `low_freq_factor`,
-            `high_freq_factor`, `original_max_position_embeddings`).
+        scaling: None, or a dict with `"type"`: `"linear"` (`factor`), `"llama3"` (`factor`, `low_freq_factor`,
+            `high_freq_factor`, `original_max_position_embeddings`) or `"yarn"` (`factor`,
+            `original_max_position_embeddings`; by default `beta_fast` 32, `beta_slow` 1 and `truncate` True). The
+            temperature that goes with YaRN (Peng et al., 2023, arXiv 2309.00071) is a factor of the logits,
+            (0.1 · ln `factor` + 1)², and is left to `attention_scale`.
     """
-    inverse = float(wavelength) ** (-np.arange(0, head_dim, 2, dtype="float64") / head_dim)
+    if scaling is not None:
+        _check_scaling(scaling)
+    inverse = float(wavelength) ** (-np.arange(0, rotary_dim, 2, dtype="float64") / rotary_dim)
     if scaling is None:
         return inverse
-    kind = scaling.get("type")
+    kind = scaling["type"]
     if kind == "linear":
         return inverse / float(scaling["factor"])
     if kind == "llama3":
@@ -32,15 +44,42 @@ def inverse_wavelengths(head_dim, wavelength=10_000.0, scaling=None):
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
         smooth = np.clip((context / period - low) / (high - low), 0.0, 1.0)
         return inverse * (smooth + (1.0 - smooth) / float(scaling["factor"]))
-    raise ValueError(f"`rope_scaling` has a 'type' of 'linear' or 'llama3'; received {scaling!r}.")
+    return inverse * (1.0 - (1.0 - 1.0 / float(scaling["factor"])) * _yarn_ramp(rotary_dim, wavelength, scaling))
+
+
+def _check_scaling(scaling):
+    if scaling.get("type") not in SCALING:
+        raise ValueError(f"`rope_scaling` has a 'type' of 'linear', 'llama3' or 'yarn'; received {scaling!r}.")
+    missing = [name for name in SCALING[scaling["type"]] if name not in scaling]
+    if missing:
+        raise ValueError(
+            f"`rope_scaling` of type {scaling['type']!r} needs {', '.join(map(repr, missing))} as well; received "
+            f"{scaling!r}."
+        )
+
+
+def _yarn_ramp(rotary_dim, wavelength, scaling):
+    """How far each pair is interpolated by YaRN, `[R/2]`: 0 where it turns `beta_fast` times or more within the context
+    of training, 1 where it turns `beta_slow` times or less."""
+
+    def pair_that_turns(times):
+        length = float(scaling["original_max_position_embeddings"])
+        return rotary_dim * math.log(length / (2 * math.pi * times)) / (2 * math.log(wavelength))
+
+    first = pair_that_turns(float(scaling.get("beta_fast", 32.0)))
+    last = pair_that_turns(float(scaling.get("beta_slow", 1.0)))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    return np.clip((np.arange(rotary_dim // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
 
 
 def rotation_table(positions, inverse, dtype="float32"):
-    """Host-side `(cos, sin)` of shape `positions.shape + [H/2]` for known positions.
+    """Host-side `(cos, sin)` of shape `positions.shape + [R/2]` for known positions.
 
     Args:
         positions: array of numbers.
-        inverse: float64 `[H/2]` from `inverse_wavelengths`.
+        inverse: float64 `[R/2]` from `inverse_wavelengths`.
         dtype: dtype of the returned NumPy arrays.
     """
     angles = np.asarray(positions, "float64")[..., None] * inverse
@@ -48,11 +87,11 @@ def rotation_table(positions, inverse, dtype="float32"):
 
 
 def rotate(x, table):
-    """Rotates the two halves of the last axis of `x`.
+    """Rotates the two halves of the last axis of `x`, or of its first R features.
 
     Args:
         x: `[..., T, heads, H]`.
-        table: `(cos, sin)`, each `[..., T, H/2]`, broadcastable over the leading axes; or None for no rotation.
+        table: `(cos, sin)`, each `[..., T, R/2]`, broadcastable over the leading axes; or None for no rotation.
 
     Returns:
         The rotated tensor, in the dtype of `x`; the arithmetic is float32 or wider.
@@ -60,16 +99,26 @@ def rotate(x, table):
     if table is None:
         return x
     cos, sin = (ops.expand_dims(ops.convert_to_tensor(t), -2) for t in table)
-    first, second = ops.split(ops.cast(x, cos.dtype), 2, axis=-1)
+    width = 2 * cos.shape[-1]
+    turning = x if width == x.shape[-1] else x[..., :width]
+    first, second = ops.split(ops.cast(turning, cos.dtype), 2, axis=-1)
     rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return ops.cast(rotated, x.dtype)
+    rotated = ops.cast(rotated, x.dtype)
+    if turning is x:
+        return rotated
+    still = ops.broadcast_to(x[..., width:], (*ops.shape(rotated)[:-1], x.shape[-1] - width))
+    return ops.concatenate([rotated, still], axis=-1)
 
 
 def rotate_whole(x, table):
     """`rotate` with tables made for whole heads (`BlockPositions.memory_heads`): few operations, for few rows."""
     cos, sin = table
     wide = ops.cast(x, cos.dtype)
-    turned = wide * cos if sin is None else wide * cos + ops.roll(wide, x.shape[-1] // 2, axis=-1) * sin
+    turned = wide * cos
+    if sin is not None:
+        width, rest = sin.shape[-1], x.shape[-1] - sin.shape[-1]
+        other = ops.roll(wide[..., :width] if rest else wide, width // 2, axis=-1) * sin
+        turned = turned + (ops.pad(other, [[0, 0]] * (len(x.shape) - 1) + [[0, rest]]) if rest else other)
     return ops.cast(turned, x.dtype)
 
 
@@ -90,6 +139,7 @@ class BlockPositions:
 
     Args:
         head_dim: H.
+        rotary_dim: R, the features of a head that are rotated, its first ones; None means H.
         block_size: S.
         fam_length: F.
         fam_position: `"last"` or `"float"`.
@@ -99,16 +149,17 @@ class BlockPositions:
         dtype: dtype of the tables.
 
     Attributes:
-        memory_key: table `[F, H/2]` for keys of memory rows, as the next block reads them; None without rotation.
+        memory_key: table `[F, R/2]` for keys of memory rows, as the next block reads them; None without rotation.
         memory_query: table for queries of memory rows, relative to the block that they are about to compress.
     """
 
     def __init__(
-        self, *, head_dim, block_size, fam_length, fam_position, fam_query_position, wavelength, scaling, dtype
-    ):
+        self, *, head_dim, block_size, fam_length, fam_position, fam_query_position, wavelength, scaling, dtype,
+        rotary_dim=None,
+    ):  # fmt: skip
         self.head_dim, self.block_size, self.dtype = head_dim, block_size, dtype
         self.memory_key = self.memory_query = None
-        self.inverse = None if wavelength is None else inverse_wavelengths(head_dim, wavelength, scaling)
+        self.inverse = None if wavelength is None else inverse_wavelengths(rotary_dim or head_dim, wavelength, scaling)
         if self.inverse is None:
             return
         self._tokens = self._table(np.arange(2 * block_size))
@@ -138,16 +189,17 @@ class BlockPositions:
         return self._table(-float(memory_segments * self.block_size + attention_sinks))
 
     def memory_heads(self, num_queries, num_keys, query_scale):
-        """Tables `[F, queries + keys, H]` for `rotate_whole`: queries, scaled, followed by keys. The second table is
-        None where nothing is rotated."""
+        """Tables for `rotate_whole`, queries, scaled, followed by keys: `[F, queries + keys, H]` for a row itself and
+        `[F, queries + keys, R]` for its halves exchanged; None where nothing is rotated."""
 
-        def spread(query, key, sign):
-            parts = [np.concatenate([sign * t, t], axis=-1) for t in (query, key)]
-            heads = [np.repeat(t[:, None], n, axis=1) for t, n in zip(parts, (num_queries, num_keys), strict=True)]
+        def spread(query, key):
+            heads = [np.repeat(t[:, None], n, axis=1) for t, n in ((query, num_queries), (key, num_keys))]
             return np.concatenate([heads[0] * query_scale, heads[1]], axis=1).astype(self.dtype)
 
         if self.inverse is None:
-            ones = np.ones((1, self.head_dim // 2))
-            return spread(ones, ones, 1), None
-        pairs = zip(self.memory_query, self.memory_key, (1, -1), strict=True)
-        return tuple(spread(query, key, sign) for query, key, sign in pairs)
+            ones = np.ones((1, self.head_dim))
+            return spread(ones, ones), None
+        (query_cos, query_sin), (key_cos, key_sin) = self.memory_query, self.memory_key
+        still = np.ones((len(query_cos), self.head_dim - 2 * len(self.inverse)))
+        cos = [np.concatenate([t, t, still], axis=-1) for t in (query_cos, key_cos)]
+        return spread(*cos), spread(*(np.concatenate([-t, t], axis=-1) for t in (query_sin, key_sin)))
