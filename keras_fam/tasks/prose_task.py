@@ -31,7 +31,7 @@ def standard_mixture():
         (WhoIsWhere(1), 0.1),
         (WhoIsWhere(2), 0.1),
         (WhoIsWhere(3), 0.05),
-        (RepeatedSegment(), 0.1),
+        (RepeatedSegment(weight=0.2), 0.1),
         (Book(weight=0.1), 0.05),
     ]
 
