@@ -6,8 +6,9 @@ import keras
 import numpy as np
 import pytest
 
+from examples.smollm2.books import HELD_OUT, TRAINING
 from examples.smollm2.memory import batches, plan
-from examples.smollm2.memory.__main__ import main, parser
+from examples.smollm2.memory.command import main, parser
 from examples.smollm2.memory.prepared import Prepared
 
 jax_only = pytest.mark.skipif(keras.backend.backend() != "jax", reason="the training loop is JAX")
@@ -90,3 +91,37 @@ def test_the_untrained_model_reads(tmp_path):
     assert fam["tokens"] == bswa["tokens"] == 640 and len(fam["memory RMS at the end"]) == 2
     assert fam["perplexity"] == pytest.approx(bswa["perplexity"], rel=0.05)
     assert fam["over BSWA, 4 sinks"]["most"] == pytest.approx(fam["perplexity"] / bswa["perplexity"])
+
+
+@jax_only
+def test_the_laboratory_pre_trains_what_the_memory_is_trained_into(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    from examples.laboratory import pretrain
+    from examples.laboratory.__main__ import main as laboratory
+    from examples.smollm2.memory.prepared import build, read_config
+
+    story = "Mr. Hill came home late. Nobody was there! He lit a candle, and read for an hour. "
+    novel = ["CHAPTER 1", "", *[story] * 9, "", "CHAPTER 2", "", *[story] * 9]
+    monkeypatch.setattr(pretrain, "austen", lambda folder: dict.fromkeys((*TRAINING, *HELD_OUT), novel))
+    monkeypatch.setattr(pretrain, "king_james", lambda folder: {"Ge": story})
+    monkeypatch.setattr(pretrain, "topics_text", lambda: [story])
+    size = ["--layers", "2", "--width", "32", "--vocabulary", "300", "--context", "256", "--rows", "2"]
+    command = ["pretrain", *size, "--steps", "2", "--out", str(tmp_path)]
+    first = laboratory(command)
+    again = laboratory(command)
+    assert (first["steps"], again["steps"]) == (2, 4) and np.isfinite(again["curve"][-1]["nats"])
+    prepared = Prepared(tmp_path)
+    assert prepared.tokenizer.decode(prepared.held_out.token_ids[:60].tolist()).startswith("CHAPTER 1\n\nMr. Hill")
+    args = parser().parse_args(["train", "--data", str(tmp_path), "--block", "8", "--fam", "0", "--random"])
+    lm = build(prepared, read_config(prepared, args), dtype="float32")
+    assert lm.count_params() == sum(array.size for array in prepared.arrays().values())
+    for name, array in prepared.arrays().items():
+        assert np.isfinite(array).all(), name
+    assert np.abs(prepared.arrays()["1/query"]).std() > 0
+
+
+def test_a_comparison_names_options_of_the_command():
+    from examples.laboratory.compare import MEMORIES, SHARED
+
+    for options in MEMORIES.values():
+        assert parser().parse_args(["train", "--data", "folder", *SHARED, *options]).mixture == "needle"

@@ -2,8 +2,8 @@
 
 Each text is read once. Its last blocks are read several times over: as they are, with the gate closed, with the memory
 zeroed and with another text's memory after every block. So late an ablation leaves what tokens before took from the
-memory; `--tail` blocks later, little of that is left in the window. `base` is SmolLM2 without LoRA and memory, a window
-of the same size with attention sinks.
+memory; `--tail` blocks later, little of that is left in the window. `base` is the model before training, without
+memory: a window of the same size with attention sinks.
 """
 
 import contextlib
@@ -18,10 +18,12 @@ from keras import ops
 
 import keras_fam
 from examples.smollm2.memory import batches
+from examples.smollm2.memory.learner import compile_program
 from keras_fam.evaluation.ablation import ablate_state, derangement
 from keras_fam.layers.chunk_attention import closed_memory
 
 SYSTEMS = ("memory", "closed", "zeroed", "other", "base")
+NEEDLES = (batches.SHORT_NEEDLE,)
 TEXT_SECONDS = 15  # kept for the text
 KINDS = (
     keras_fam.tasks.Needle(),
@@ -52,7 +54,7 @@ class Reader:
         hidden = jax.ShapeDtypeStruct((rows, self.block, backbone.hidden_dim), backbone.compute_dtype)
 
         def program(function, *specs, **options):
-            return jax.jit(functools.partial(function, **options)).lower(*specs).compile()
+            return compile_program(jax.jit(functools.partial(function, **options)), *specs)
 
         self._initial_state = program(self._initial, values, fixed)
         self._read = {
@@ -63,7 +65,7 @@ class Reader:
         self._ablate = {
             how: program(self._ablated, values, fixed, state, order, how=how) for how in ("zeroed", "shuffled")
         }
-        self._nats = program(self._nats_of, fixed, hidden, ids)
+        self._nats = program(self._nats_of, values, fixed, hidden, ids)
 
     def _initial(self, values, fixed):
         with self.learner.scope(values, fixed):
@@ -76,17 +78,14 @@ class Reader:
     def _ablated(self, values, fixed, state, order, *, how):
         return ablate_state(state, how, self._initial(values, fixed), order)
 
-    def _nats_of(self, fixed, hidden, targets):
-        logits = self.learner.logits(fixed, hidden)
+    def _nats_of(self, values, fixed, hidden, targets):
+        logits = self.learner.logits(values, fixed, hidden)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     def values(self, base=False):
-        """The trained values; for `base` without LoRA, whose second factors are then zeros."""
-        if not base:
-            return self.learner.values
-        pairs = zip(self.learner.trainable, self.learner.values, strict=True)
-        return [jnp.zeros_like(x) if v.name == "lora_kernel_b" else x for v, x in pairs]
+        """The trained values, or those before training: SmolLM2's own."""
+        return self.learner.initial if base else self.learner.values
 
     def start(self, base=False):
         return self._initial_state(self.values(base), self.learner.fixed)
@@ -114,16 +113,17 @@ class Reader:
             hidden, state = run(values, fixed, jnp.asarray(ids[:, start : start + self.block]), state)
             yield hidden
 
-    def nats(self, hidden, targets):
+    def nats(self, hidden, targets, base=False):
         """float32 `[B, S]`."""
-        return np.asarray(self._nats(self.learner.fixed, hidden, jnp.asarray(targets)))
+        return np.asarray(self._nats(self.values(base), self.learner.fixed, hidden, jnp.asarray(targets)))
 
 
 def make_texts(training, rows, tokens, seed):
     """`[B, tokens]`, and the name and the last answer of each row; kinds take turns."""
     texts = []
     for row in range(rows):
-        task = batches.make_task(training.prepared, training.args, mixture=KINDS[row % len(KINDS)], again=0.0)
+        kinds = NEEDLES if training.args.mixture == "needle" else KINDS
+        task = batches.make_task(training.prepared, training.args, mixture=kinds[row % len(kinds)], again=0.0)
         texts.append(task.text(tokens, seed=(seed, row), split="held_out"))
     return np.stack([text.token_ids for text in texts]), [text.answers[-1] for text in texts]
 
@@ -142,7 +142,7 @@ def needles(training, reader, blocks, seed):
             begin = reader.start(base=True)
             tokens = np.concatenate([ids[:, :block], ids[:, head:][:, block if not head else 0 :]], axis=1)
         *_, hidden = reader.blocks(tokens, begin, system, np.random.default_rng(seed))
-        right[system] = answered(reader, hidden, ids, answers)
+        right[system] = answered(reader, hidden, ids, answers, system == "base")
     names = [answer.name for answer in answers]
     found = {"blocks": blocks, "tokens": blocks * block, "seconds": round(seconds, 1), "exact": {}}
     found["memory RMS"] = [round(float(ops.sqrt(ops.mean(ops.square(layer.fam)))), 3) for layer in state.layers]
@@ -153,15 +153,14 @@ def needles(training, reader, blocks, seed):
     return found, head * rows / max(seconds, 1e-9)
 
 
-def answered(reader, hidden, ids, answers):
+def answered(reader, hidden, ids, answers, base):
     """Whether each row's last answer, which lies in the last block, is predicted token for token."""
     first = ids.shape[1] - reader.block
     longest = max(answer.stop - answer.start for answer in answers)
     positions = np.stack([np.arange(answer.start - 1, answer.start - 1 + longest) - first for answer in answers])
     positions = np.clip(positions, 0, reader.block - 1)
-    logits = reader.learner.logits(
-        reader.learner.fixed, jnp.take_along_axis(hidden, jnp.asarray(positions)[..., None], axis=1)
-    )
+    chosen = jnp.take_along_axis(hidden, jnp.asarray(positions)[..., None], axis=1)
+    logits = reader.learner.logits(reader.values(base), reader.learner.fixed, chosen)
     predicted = np.asarray(jnp.argmax(logits, axis=-1))
     return [
         bool((predicted[row, : a.stop - a.start] == ids[row, a.start : a.stop]).all()) for row, a in enumerate(answers)
@@ -178,7 +177,7 @@ def text_nats(training, reader, blocks, skip):
         for number, hidden in enumerate(reader.blocks(ids[:, :-1], start, system, np.random.default_rng(1))):
             targets = ids[:, number * reader.block + 1 : (number + 1) * reader.block + 1]
             if number >= skip:
-                found.append(reader.nats(hidden, targets).mean(1))
+                found.append(reader.nats(hidden, targets, system == "base").mean(1))
         means[system] = np.mean(found, axis=0)  # [B]
     result = {"tokens": size, "rows": reader.rows, "nats": {}}
     for system, mean in means.items():

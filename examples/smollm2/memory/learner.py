@@ -8,22 +8,35 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-GROUPS = ("lora", "memory", "gate")  # each with a rate of its own
+from keras_fam.models.lora import learned_memory_weights
+
+GROUPS = ("weights", "lora", "memory", "gate")  # each with a rate of its own
 
 
-def group_of(variable):
-    """What a trainable variable belongs to: `"gate"` (the bias on reading), `"lora"`, or `"memory"`."""
-    if variable.name == "fam_gate":
-        return "gate"
-    return "lora" if "lora" in variable.name else "memory"
+def group_of(variable, memory):
+    """Which of `GROUPS` a trainable variable belongs to; `memory` has the ids of those that only a memory needs."""
+    if id(variable) in memory:
+        return "gate" if variable.name == "fam_gate" else "memory"
+    return "lora" if "lora" in variable.name else "weights"
+
+
+def compile_program(function, *specs):
+    """A jitted function, compiled for shapes; without the device's own attention kernel where that does not compile."""
+    try:
+        return function.lower(*specs).compile()
+    except jax.errors.JaxRuntimeError as error:
+        print(f"compiled again without flash attention, after: {str(error)[:300]}", flush=True)
+        keras.config.disable_flash_attention()  # of this thread
+        jax.clear_caches()  # of what was traced with it
+        return function.lower(*specs).compile()
 
 
 class Learner:
     """Trainable values in float32, Adam's moments, and compiled steps.
 
     Args:
-        lm: `TransformerFAMCausalLM` with LoRA, in the dtype that it computes in.
-        rates: dict from `GROUPS` to learning rates.
+        lm: `TransformerFAMCausalLM`, in the dtype that it computes in. With LoRA, its other weights are fixed.
+        rates: dict from `GROUPS` to learning rates, of those groups that there are.
         clip: float, the largest global norm of a gradient.
     """
 
@@ -32,11 +45,13 @@ class Learner:
         self.trainable = lm.trainable_variables
         chosen = {id(v) for v in self.trainable}
         self.frozen = [v for v in lm.variables if id(v) not in chosen]
-        self.rates = tuple(rates[group_of(v)] for v in self.trainable)
-        self.values = [jnp.asarray(v.value, "float32") for v in self.trainable]
+        memory = {id(v) for v in learned_memory_weights(lm.backbone)}
+        self.rates = tuple(rates[group_of(v, memory)] for v in self.trainable)
+        self.initial = [jnp.array(v.value, "float32") for v in self.trainable]
+        self.values = [jnp.copy(x) for x in self.initial]
         self.moments = [[jnp.zeros_like(x) for x in self.values] for _ in range(2)]
         self.fixed = [jnp.asarray(v.value) for v in self.frozen]
-        self.steps = 0
+        self.steps, self._evaluate = 0, None
         # Shapes alone: a step hands the memory of its values on while another one is compiled.
         self.specs = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.values, self.moments, self.fixed)
@@ -53,15 +68,16 @@ class Learner:
         with self.scope(values, fixed):
             return self.lm.backbone.call(token_ids, training=True)
 
-    def logits(self, fixed, hidden):
+    def logits(self, values, fixed, hidden):
         """float32 `[*, V]` of hidden states `[*, D]`."""
-        table = fixed[next(i for i, v in enumerate(self.frozen) if v is self.lm.backbone.token_embedding.embeddings)]
+        with self.scope(values, fixed):
+            table = self.lm.backbone.token_embedding.embeddings.value
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type="float32")
 
     def loss(self, values, fixed, token_ids, positions, targets, weights):
         """Mean nats at the positions, by their weights; and whether each target is the most probable token."""
         hidden = self.hidden(values, fixed, token_ids)
-        logits = self.logits(fixed, jnp.take_along_axis(hidden, positions[..., None], axis=1))
+        logits = self.logits(values, fixed, jnp.take_along_axis(hidden, positions[..., None], axis=1))
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - chosen
         right = jnp.argmax(logits, axis=-1) == targets
@@ -90,7 +106,7 @@ class Learner:
         at = (rows, positions)
         shapes = (int32((rows, tokens)), int32(at), int32(at), float32(at))
         step = jax.jit(self.update, donate_argnums=(0, 1))
-        program = step.lower(*self.specs, float32(()), float32(()), *shapes).compile()
+        program = compile_program(step, *self.specs, float32(()), float32(()), *shapes)
         return program, time.perf_counter() - started
 
     def step(self, program, batch, factor):
@@ -102,6 +118,12 @@ class Learner:
             self.values, self.moments, self.fixed, *scalars, *arrays
         )
         return loss, norm, nats, right
+
+    def evaluate(self, *batch):
+        """`(loss, (nats, right))` of a batch's token ids, positions, targets and weights, without a step."""
+        if self._evaluate is None:
+            self._evaluate = jax.jit(self.loss)
+        return self._evaluate(self.values, self.fixed, *batch)
 
     # Files ------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The prepared files, and the models that are made of them; KerasHub is not needed."""
 
+import io
 import json
 import pathlib
 import tempfile
@@ -14,6 +15,7 @@ from keras_fam.hub.convert import MEMORY
 from keras_fam.hub.weights import draw_memory
 
 PARTS = "model.gguf."  # and a number: the pieces of the weights' file
+WEIGHTS = "weights.npz"  # of another model, in their place
 # A small model with random weights, for trials of the whole command on a CPU.
 TINY = {"vocabulary_size": 256, "num_layers": 2, "hidden_dim": 32, "num_query_heads": 4, "num_key_value_heads": 2}
 TINY |= {"head_dim": 8, "intermediate_dim": 64}
@@ -60,7 +62,10 @@ class Prepared:
         return found[0]
 
     def arrays(self):
-        """The weights of SmolLM2; see `examples.smollm2.weights.read`."""
+        """The model's weights by the names of `examples.smollm2.weights.read`."""
+        if any(self.folder.rglob(WEIGHTS)):
+            with np.load(self._find(WEIGHTS)) as held:
+                return {name: held[name].astype("float32") for name in held.files}
         pieces = sorted(self.folder.rglob(PARTS + "*"), key=lambda path: int(path.suffix[1:]))
         if [int(piece.suffix[1:]) for piece in pieces] != list(range(len(pieces))) or not pieces:
             raise FileNotFoundError(
@@ -88,12 +93,12 @@ def read_config(prepared, args, **changes):
     return {**config, **changes}
 
 
-def build(prepared, config, *, dtype, seed=0):
-    """A `TransformerFAMCausalLM`: SmolLM2's weights, or random ones where the sizes are not those of SmolLM2."""
+def build(prepared, config, *, dtype, seed=0, random=False):
+    """A `TransformerFAMCausalLM` with the prepared weights, or with random ones."""
     keras.utils.set_random_seed(seed)
     backbone = keras_fam.TransformerFAMBackbone(**config, dtype=dtype)
     backbone.build()
-    if prepared.folder is not None and config["num_layers"] == prepared.config["num_layers"]:
+    if prepared.folder is not None and not random:
         assign(backbone, prepared.arrays())
     draw_memory(backbone, seed)
     lm = keras_fam.TransformerFAMCausalLM(backbone)
@@ -102,21 +107,33 @@ def build(prepared, config, *, dtype, seed=0):
 
 
 def assign(backbone, arrays):
-    """Writes SmolLM2's weights into a backbone."""
-    backbone.token_embedding.embeddings.assign(arrays["embeddings"])
-    backbone.final_norm.scale.assign(arrays["norm"])
+    """Writes weights into a backbone."""
+    for name, variable in named(backbone).items():
+        variable.assign(arrays[name])
+
+
+def arrays_of(backbone):
+    """A backbone's weights in float16 as the bytes of an npz file."""
+    content = io.BytesIO()
+    arrays = {name: keras.ops.convert_to_numpy(keras.ops.cast(v, "float32")) for name, v in named(backbone).items()}
+    np.savez(content, **{name: array.astype("float16") for name, array in arrays.items()})
+    return content.getbuffer()
+
+
+def named(backbone):
+    """dict from the names of `examples.smollm2.weights.read` to variables."""
+    found = {"embeddings": backbone.token_embedding.embeddings, "norm": backbone.final_norm.scale}
     for i, block in enumerate(backbone.blocks):
         attention = block.attention
-        variables = {
-            "attention_norm": block.attention_norm.scale,
-            "feedforward_norm": block.feedforward_norm.scale,
-            "query": attention.query.kernel,
-            "key": attention.key.kernel,
-            "value": attention.value.kernel,
-            "output": attention.output_projection.kernel,
-            "gate": block.gate.kernel,
-            "up": block.up.kernel,
-            "down": block.down.kernel,
+        found |= {
+            f"{i}/attention_norm": block.attention_norm.scale,
+            f"{i}/feedforward_norm": block.feedforward_norm.scale,
+            f"{i}/query": attention.query.kernel,
+            f"{i}/key": attention.key.kernel,
+            f"{i}/value": attention.value.kernel,
+            f"{i}/output": attention.output_projection.kernel,
+            f"{i}/gate": block.gate.kernel,
+            f"{i}/up": block.up.kernel,
+            f"{i}/down": block.down.kernel,
         }
-        for name, variable in variables.items():
-            variable.assign(arrays[f"{i}/{name}"])
+    return found

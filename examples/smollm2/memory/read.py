@@ -46,7 +46,9 @@ def read(args):
     args.out.mkdir(parents=True, exist_ok=True)
     for system in args.systems:
         changes = {**SYSTEMS[system], "scan_layers": True, "blocks_per_step": args.chunk}
-        lm = build(prepared, read_config(prepared, args, **changes), dtype=args.dtype, seed=args.seed)
+        lm = build(
+            prepared, read_config(prepared, args, **changes), dtype=args.dtype, seed=args.seed, random=args.random
+        )
         run, state, losses = reader(lm, size), lm.get_initial_state(1), []
         started = time.perf_counter()
         for start in range(0, tokens, size):

@@ -50,9 +50,10 @@ class Training:
         self.args, self.prepared, self.clock = args, prepared, clock
         self.config = read_config(prepared, args)
         longest = {"remat": "layers", "scan_layers": True, "blocks_per_step": max(args.levels)}
-        self.lm = build(prepared, {**self.config, **longest}, dtype=args.dtype, seed=args.seed)
-        self.lm.enable_lora(args.rank, tuple(args.targets))
-        rates = {"lora": args.rate, "memory": args.memory_rate, "gate": args.gate_rate}
+        self.lm = build(prepared, {**self.config, **longest}, dtype=args.dtype, seed=args.seed, random=args.random)
+        if args.rank:
+            self.lm.enable_lora(args.rank, tuple(args.targets))
+        rates = {"lora": args.rate, "weights": args.rate, "memory": args.memory_rate, "gate": args.gate_rate}
         self.learner = Learner(self.lm, rates)
         self.task = batches.make_task(prepared, args)
         self.levels, self.level = list(args.levels), 0
@@ -202,7 +203,8 @@ class Training:
             with replace_file(out / FILES[name]) as file:
                 file.write(content.getbuffer())
         self.learner.assign()
-        self.lm.save_lora_weights(out / FILES["lora"])
+        if self.args.rank:
+            self.lm.save_lora_weights(out / FILES["lora"])
         self.record |= {"level": self.level, "learner steps": self.learner.steps}
         self.record["seconds"] = round(self.seconds_before + self.clock.passed, 1)
         self.write_record()
@@ -234,7 +236,19 @@ class Training:
         self.event(f"continues after step {self.record['steps']}")
 
 
-MODEL_ARGUMENTS = ("block", "segments", "fam", "sinks", "fam_query", "memory_update", "gate", "rank", "targets", "tiny")
+MODEL_ARGUMENTS = (
+    "block",
+    "segments",
+    "fam",
+    "sinks",
+    "fam_query",
+    "memory_update",
+    "gate",
+    "rank",
+    "targets",
+    "tiny",
+    "mixture",
+)
 
 
 def train(args):
