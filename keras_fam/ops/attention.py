@@ -176,14 +176,16 @@ def fused_attention_exists(dtype):
 
 
 def _attend_fused(query, key, value, mask, visible):
-    """torch's `scaled_dot_product_attention`; on JAX what Keras finds for the GPU (cuDNN or XLA)."""
+    """torch's `scaled_dot_product_attention`; on JAX what Keras finds for the GPU: cuDNN's kernel, unless
+    `keras.config.disable_flash_attention()` was called in this thread, or XLA."""
     if visible is not None:
         visible = ops.expand_dims(visible, 1)
         mask = visible if mask is None else ops.logical_and(mask, visible)
     if mask is not None:
         mask = ops.expand_dims(mask, -3)
     if keras.backend.backend() != "torch":
-        return ops.dot_product_attention(query, key, value, mask=mask, scale=1.0)
+        flash = False if keras.config.is_flash_attention_enabled() is False else None
+        return ops.dot_product_attention(query, key, value, mask=mask, scale=1.0, flash_attention=flash)
     from torch.nn.functional import scaled_dot_product_attention
 
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))

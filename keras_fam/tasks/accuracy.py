@@ -25,7 +25,8 @@ def accuracy(predictions, keys):
 
     Args:
         predictions: `[B, A, V]` logits at `answer_positions`, or `[B, A]` integer token ids.
-        keys: `[B, A]` integer token ids: a batch's `keys` (PassKey) or `answers` (the other tasks).
+        keys: `[B, A]` integer token ids: a batch's `keys` (PassKey) or `answers` (the other tasks). Where answers
+            differ in length, negative ids fill them up and are left out; so are rows without an answer.
 
     Returns:
         A `PassKeyAccuracy`.
@@ -51,5 +52,9 @@ def accuracy(predictions, keys):
             "`predictions` must be [B, A, V] or [B, A] and `keys` [B, A], not empty. "
             f"Received shapes (after argmax): {predictions.shape} and {keys.shape}"
         )
+    told = keys >= 0
+    if not told.any():
+        raise ValueError("There must be a token to answer with. Received: `keys` with negative ids alone")
     right = predictions == keys
-    return PassKeyAccuracy(exact=float(right.all(-1).mean()), digit=float(right.mean()))
+    exact = (right | ~told).all(-1)[told.any(-1)]
+    return PassKeyAccuracy(exact=float(exact.mean()), digit=float(right[told].mean()))

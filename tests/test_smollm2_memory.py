@@ -1,0 +1,127 @@
+"""`python -m examples.smollm2.memory` at small size: its plan, its batches, and training from start to evaluation."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from examples.smollm2.books import HELD_OUT, TRAINING
+from examples.smollm2.memory import batches, plan
+from examples.smollm2.memory.command import main, parser
+from examples.smollm2.memory.prepared import Prepared
+
+jax_only = pytest.mark.skipif(keras.backend.backend() != "jax", reason="the training loop is JAX")
+SMALL = ["--tiny", "--dtype", "float32", "--block", "64", "--fam", "4"]
+
+
+def test_texts_grow_as_far_as_the_time_allows():
+    levels = (4, 8, 16, 32, 64)
+    assert plan.plan(200_000, 360, 65_536, levels, 128) == ([4, 8, 16, 32, 64], 65_536)
+    fitting, size = plan.plan(20_000, 360, 65_536, levels, 128)
+    assert fitting == [4, 8, 16, 32, 64] and size == 32_768, "four rows of the longest texts"
+    fitting, size = plan.plan(2_000, 360, 65_536, levels, 128)
+    assert fitting == [4, 8, 16, 32][: len(fitting)] and size >= plan.FEWEST_ROWS * fitting[-1] * 128
+    assert plan.plan(1, 1, 1024, levels, 128)[0] == [4]
+    config = {"hidden_dim": 576, "intermediate_dim": 1536, "num_query_heads": 9, "num_layers": 30}
+    config |= {"memory_segments": 1, "block_size": 128, "fam_length": 16}
+    assert 2**16 <= plan.largest_step(config, 80e9) <= 2**20 and plan.largest_step(config, 1e3) == 128
+
+
+def test_batches_hold_the_positions_of_the_loss():
+    args = parser().parse_args(["train", *SMALL])
+    task = batches.make_task(Prepared(), args)
+    batch = batches.draw(task, 12, 1200, [0, 1])
+    again = batches.draw(task, 12, 1200, [0, 1])
+    assert all(np.array_equal(a, b) for a, b in zip(batch, again, strict=True))
+    learned = batch.weights > 0
+    assert learned.any(1).all() and not batch.targets[~learned].any()
+    following = np.take_along_axis(batch.token_ids, batch.positions + 1, axis=1)
+    assert np.array_equal(following[learned], batch.targets[learned])
+    for row, name in enumerate(batch.names):
+        assert batch.answer[row].any() == bool(name) and learned[row][batch.answer[row]].all()
+    few = batches.draw(task, 12, 1200, [0, 1], positions=3)
+    assert few.weights.shape == (12, 3) and (few.weights > 0).all()
+
+
+def test_a_thread_draws_ahead_and_passes_its_errors_on():
+    ahead = batches.Ahead(lambda number: 10 // (13 - number), first=11)
+    assert [ahead.get(), ahead.get()] == [5, 10]
+    with pytest.raises(ZeroDivisionError):
+        ahead.get()
+    ahead.stop()
+
+
+def test_the_command_needs_its_files(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    with pytest.raises(FileNotFoundError, match="prepare"):
+        main(["train", "--data", str(tmp_path), "--out", str(tmp_path)])
+
+
+@jax_only
+def test_it_trains_saves_resumes_and_evaluates(tmp_path):
+    command = ["train", *SMALL, "--minutes", "5", "--reserve", "0", "--levels", "12", "--step-tokens", "1600"]
+    command += ["--rows", "5", "--factors", "2", "--tail", "2", "--rank", "2", "--line-every", "1"]
+    command += ["--out", str(tmp_path)]
+    main([*command, "--steps", "2", "--no-evaluate"])
+    with np.load(tmp_path / "values.npz") as file:
+        before = {key: file[key] for key in file.files}
+    record = main([*command, "--steps", "3"])
+    assert [line["step"] for line in record["curve"]] == [1, 2, 3] and record["steps by blocks"] == {"12": 3}
+    assert all(np.isfinite(line["loss"]) for line in record["curve"])
+    with np.load(tmp_path / "values.npz") as file:
+        assert int(file["steps"]) == 3
+        changed = [key for key in before if not np.array_equal(before[key], file[key])]
+        assert len(changed) > 0.9 * len(before), "everything learns"
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert set(found["needles"]) == {"1", "2"} and found["trained tokens"] == 768
+    for measured in found["needles"].values():
+        for systems in measured["exact"].values():
+            assert {len(values) for values in systems.values()} == {1}
+    assert found["text"]["nats"]["memory"]["over memory"] == 0
+    with pytest.raises(ValueError, match="block"):
+        main([*command, "--block", "32"])
+
+
+@jax_only
+def test_the_untrained_model_reads(tmp_path):
+    found = main(["read", *SMALL, "--tokens", "700", "--chunk", "2", "--out", str(tmp_path)])
+    fam, bswa = found["FAM"], found["BSWA, 4 sinks"]
+    assert fam["tokens"] == bswa["tokens"] == 640 and len(fam["memory RMS at the end"]) == 2
+    assert fam["perplexity"] == pytest.approx(bswa["perplexity"], rel=0.05)
+    assert fam["over BSWA, 4 sinks"]["most"] == pytest.approx(fam["perplexity"] / bswa["perplexity"])
+
+
+@jax_only
+def test_the_laboratory_pre_trains_what_the_memory_is_trained_into(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    from examples.laboratory import pretrain
+    from examples.laboratory.__main__ import main as laboratory
+    from examples.smollm2.memory.prepared import build, read_config
+
+    story = "Mr. Hill came home late. Nobody was there! He lit a candle, and read for an hour. "
+    novel = ["CHAPTER 1", "", *[story] * 9, "", "CHAPTER 2", "", *[story] * 9]
+    monkeypatch.setattr(pretrain, "austen", lambda folder: dict.fromkeys((*TRAINING, *HELD_OUT), novel))
+    monkeypatch.setattr(pretrain, "king_james", lambda folder: {"Ge": story})
+    monkeypatch.setattr(pretrain, "topics_text", lambda: [story])
+    size = ["--layers", "2", "--width", "32", "--vocabulary", "300", "--context", "256", "--rows", "2"]
+    command = ["pretrain", *size, "--steps", "2", "--out", str(tmp_path)]
+    first = laboratory(command)
+    again = laboratory(command)
+    assert (first["steps"], again["steps"]) == (2, 4) and np.isfinite(again["curve"][-1]["nats"])
+    prepared = Prepared(tmp_path)
+    assert prepared.tokenizer.decode(prepared.held_out.token_ids[:60].tolist()).startswith("CHAPTER 1\n\nMr. Hill")
+    args = parser().parse_args(["train", "--data", str(tmp_path), "--block", "8", "--fam", "0", "--random"])
+    lm = build(prepared, read_config(prepared, args), dtype="float32")
+    assert lm.count_params() == sum(array.size for array in prepared.arrays().values())
+    for name, array in prepared.arrays().items():
+        assert np.isfinite(array).all(), name
+    assert np.abs(prepared.arrays()["1/query"]).std() > 0
+
+
+def test_a_comparison_names_options_of_the_command():
+    from examples.laboratory.compare import MEMORIES, SHARED
+
+    for options in MEMORIES.values():
+        assert parser().parse_args(["train", "--data", "folder", *SHARED, *options]).mixture == "needle"
