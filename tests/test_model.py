@@ -58,10 +58,11 @@ def test_oracle(initial_fam, tie_weights):
 
 ANCHORED = {"fam_query": "anchored", "memory_update": "hard_gate", "fam_gate": -1.0}
 INPUTS = {**ANCHORED, "fam_query": "layer_inputs"}
+OTHERS = {"initial_fam": "summary", "softmax_sink": True, "parallel_residual": True, "rotary_dim": 2}
 
 
 @pytest.mark.parametrize(
-    "changes", [*FIRST, {**ANCHORED, "attention_sinks": 2}, {**ANCHORED, **FIRST[1]}, INPUTS, {**INPUTS, **FIRST[1]}]
+    "changes", [*FIRST, {**ANCHORED, "attention_sinks": 2}, {**ANCHORED, **FIRST[1]}, INPUTS, {**INPUTS, **OTHERS}]
 )
 def test_padding_and_steps_of_blocks(changes):
     mask = np.ones(TOKENS.shape, bool)
