@@ -23,6 +23,7 @@ def parser():
     pretrain.add_argument("--context", type=int, default=128, help="tokens of a text")
     pretrain.add_argument("--rows", type=int, default=24, help="texts of a step")
     pretrain.add_argument("--asked", type=float, default=0.3, help="share of texts that ask for what they state")
+    pretrain.add_argument("--mixture", choices=["needle", "standard"], default="needle", help="what they ask for")
     pretrain.add_argument("--rate", type=float, default=2e-3)
     compare = commands.add_parser("compare", help="memories, trained into it")
     compare.add_argument("--memories", nargs="+", metavar="MEMORY", default=["layer_inputs", "anchored"])

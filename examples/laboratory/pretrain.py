@@ -68,7 +68,9 @@ def train(learner, prepared, record, args):
 
 def make_task(prepared, args):
     """Texts within the context: most are books, some ask for what they state, as texts for pre-training do."""
-    short = keras_fam.tasks.Needle(digits=3), keras_fam.tasks.KeyValue(pairs=2), keras_fam.tasks.WhoIsWhere(1, events=4)
+    short = [batches.SHORT_NEEDLE]
+    if args.mixture == "standard":
+        short += [keras_fam.tasks.KeyValue(pairs=2), keras_fam.tasks.WhoIsWhere(1, events=4)]
     mixture = [(keras_fam.tasks.Book(), 1 - args.asked), *((kind, args.asked / len(short)) for kind in short)]
     options = {"held_out": prepared.held_out, "min_distance": 0, "early": 0.0, "again": 0.0}
     return keras_fam.tasks.ProseTask(prepared.train, prepared.tokenizer, mixture, **options)

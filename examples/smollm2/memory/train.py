@@ -161,7 +161,13 @@ class Training:
         recent = self.recent.get("Needle", ())
         if self.level + 1 >= len(self.levels) or at_level < self.args.level_steps or len(recent) < RECENT // 2:
             return False
-        return np.mean(recent) >= self.args.grow_at and self.wanted(self.level + 1).done()
+        if np.mean(recent) < self.args.grow_at or not self.wanted(self.level + 1).done():
+            return False
+        failed = self.wanted(self.level + 1).exception()
+        if failed is not None:  # the texts stay as long as they are
+            self.levels = self.levels[: self.level + 1]
+            self.event(f"longer texts do not compile: {str(failed)[:300]}")
+        return failed is None
 
     # What is kept -----------------------------------------------------------------------------------------------
 
@@ -265,7 +271,11 @@ def train(args):
     count = sum(int(np.prod(v.shape)) for v in training.learner.trainable)
     training.event(f"{device.device_kind}: {count:,} trainable parameters, {training.step_tokens:,} tokens a step")
     if args.steps:
-        training.run()
+        try:
+            training.run()
+        except jax.errors.JaxRuntimeError as error:  # out of memory, mostly: what was saved last is evaluated
+            training.event(f"training ends early: {str(error)[:300]}")
+            training.resume()
     stats = device.memory_stats() or {}
     training.record["peak GB"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)
     if args.evaluate:
