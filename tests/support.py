@@ -97,9 +97,10 @@ def float64():
     table["float64"] = "float64"
     try:
         if keras.backend.backend() == "jax":
-            import jax
+            import jax.experimental
 
-            with jax.enable_x64(True):
+            enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before JAX 0.8
+            with enable(True):
                 yield
         else:
             yield

@@ -190,6 +190,7 @@ def test_implicit_mask():
 
 @pytest.mark.parametrize("kind", [block, attention])
 def test_mixed_bfloat16(kind):
+    keras.utils.set_random_seed(4)  # how much the weights amplify a rounding error: 0.4 to 4 % among those drawn
     exact, x = kind(), data()
     mixed = kind(dtype="mixed_bfloat16")
     mixed.set_weights(exact.get_weights())
