@@ -162,7 +162,7 @@ def test_a_stored_stream_goes_on_in_an_engine_and_back(lm, engines, store):
 
 
 def test_what_is_drawn_depends_on_seed_and_position_alone(engines, store):
-    options = {"temperature": 1.5, "top_p": 0.9, "seed": 7}
+    options = {"temperature": 20.0, "top_p": 0.9, "seed": 7}
     engine = engines()
     alone = engine.submit(Request([1, 2], 12, **options)).result(WAIT)
     beside = [engine.submit(Request(prompt, 9, temperature=1.0, seed=i)) for i, prompt in enumerate(prompts(5, 2))]
@@ -188,16 +188,20 @@ def test_draws_follow_the_probabilities():
 
 
 def test_a_short_request_waits_for_one_piece_of_a_long_prompt(lm, engines):
-    engine = engines()
+    engine, held, seen = engines(), Held(1), []
+    holding = engine.submit(Request([1], 1, until=held))
+    assert held.reached.wait(WAIT)  # the engine stands still, until both have a row
     long = np.random.default_rng(0).integers(0, TINY_VOCABULARY, 400).tolist()
     first = engine.submit(Request(long, 1))
-    short = [engine.submit(Request([i, 3], 3)) for i in range(ROWS - 1)]
-    for i, turn in enumerate(short):
-        assert turn.result(WAIT) == Private(lm).turn([i, 3], 3)
-        assert turn.steps == 1, "its first token comes with the first step of the batch"
-    assert not first.finished, "there are 25 pieces to read"
+    short = engine.submit(Request([2, 3], 3, until=lambda token: seen.append(first.read)))
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: first.phase == short.phase == "loaded", WAIT)
+    held.go.set()
+    assert short.result(WAIT) == Private(lm).turn([2, 3], 3)
+    piece = 4 * lm.block_size
+    assert short.steps == 1 and seen == [piece, 2 * piece, 3 * piece], "one piece between two of its tokens"
     assert first.result(WAIT) == Private(lm).turn(long, 1)
-    assert first.steps == 25
+    assert first.steps == 400 // piece and holding.result(WAIT)
 
 
 # One turn at a time, and no more turns than there is room ---------------------------------------------------------

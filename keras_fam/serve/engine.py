@@ -30,7 +30,7 @@ from keras_fam.serve.store import SessionStore
 from keras_fam.serve.turn import Request, Turn, checked_ids
 
 log = logging.getLogger(__name__)
-STORE_THREADS = 4
+STORE_THREADS = 4  # at least; a store far away answers slowly
 STEPPED = ("queued", "loaded", "apart", "batch")  # phases of a turn that belong to the thread that steps
 
 
@@ -51,7 +51,7 @@ class SessionEngine:
 
     Args:
         model: a built `TransformerFAMCausalLM`. Its weights must not change.
-        store: `SessionStore`; None keeps sessions in the memory of this process.
+        store: `SessionStore`; None keeps sessions in memory, until the engine is closed.
         rows: B, how many turns run at a time; as many sessions are also kept at hand.
         max_waiting: how many further turns may wait for a row; one more is refused with `Full`.
         save_every: after how many tokens of a turn its state is stored, while it goes on.
@@ -68,7 +68,8 @@ class SessionEngine:
         for name, value, least in (("rows", rows, 1), ("max_waiting", max_waiting, 0), ("save_every", save_every, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise BadRequest(f"`{name}` must be an integer, at least {least}; received {value!r}.", name)
-        self.model, self.store = model, store or SessionStore(f"memory://keras_fam-{id(self)}")
+        self._own_store = None if store is not None else SessionStore(f"memory://keras_fam-{id(self)}")
+        self.model, self.store = model, store or self._own_store
         self.max_waiting, self.save_every = max_waiting, save_every
         self.tensors, self.statistics = Rows(model, rows, blocks_per_step), Statistics(rows)
         self.ledger = Ledger(model, self.store, self.tensors.initial, self.statistics)
@@ -76,7 +77,7 @@ class SessionEngine:
         self._changed = threading.Condition(threading.RLock())
         self._queue, self._running, self._by_session = collections.deque(), [], {}
         self._closed, self._steps = False, 0
-        self._pool = concurrent.futures.ThreadPoolExecutor(STORE_THREADS, "keras_fam-store")
+        self._pool = concurrent.futures.ThreadPoolExecutor(max(STORE_THREADS, rows), "keras_fam-store")
         self._thread = threading.Thread(target=self._run, name="keras_fam-engine", daemon=True)
         self._thread.start()
 
@@ -152,6 +153,8 @@ class SessionEngine:
         self._wake()
         self._thread.join()
         self._pool.shutdown(wait=True)
+        for name in self._own_store.list() if self._own_store else ():
+            self._own_store.delete(name)
 
     def __enter__(self):
         return self

@@ -124,6 +124,17 @@ class Ledger:
                 raise
             return None
 
+    def place(self, name):
+        """`{"position": n}`: how many tokens a session has read at the end of its last turn. Reads headers only.
+
+        Raises:
+            NoSuchSession, DamagedSession, Unavailable.
+        """
+        record = self.call(self.store.header, name)
+        if record["base"] != record["token"]:
+            record = self.call(self.store.header, name, record["base"])
+        return {"position": record["position"]}
+
     def _write(self, turn, held, record, keep=()):
         state, logits = held
         extras = {"position": np.array([record["position"]]), "next_logits": ops.convert_to_numpy(logits)}

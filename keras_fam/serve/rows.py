@@ -74,6 +74,7 @@ class Rows:
         apart._state, apart.next_logits = held
         apart.position = np.array([offset], "int64")
         apart._read(np.asarray(ids[:count], "int32")[None], keep=False)
+        ops.convert_to_numpy(apart._state.position.offset)  # waits: else many pieces would be queued before a request
         return (apart._state, apart.next_logits), count
 
     def take(self, row):

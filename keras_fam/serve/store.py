@@ -192,6 +192,24 @@ class SessionStore:
             raise missing(name) from error
         return Stored(fields, arrays, token if version is None else version, token)
 
+    def header(self, name, version=None):
+        """`position`, `base` and `token` of a session, from the header of a version (None: the newest) alone.
+
+        Raises as `get`; of damage, only the header's is found.
+        """
+        check_name(name)
+        token = self.log.newest(name)
+        try:
+            fields = self.log.header(name, token if version is None else version) if token and version != 0 else None
+            if fields is None or "deleted" in fields or _expired(fields):
+                raise missing(name)
+            record = json.loads(fields.get("record", "{}"))
+            return {"position": json.loads(fields["position"])[0], "base": record.get("base", token), "token": token}
+        except FileNotFoundError as error:
+            raise missing(name) from error
+        except ValueError as error:
+            raise DamagedSession(str(error), "session") from error
+
     def token(self, name):
         """The number of the newest version; 0 if there is none. Reads no session."""
         return self.log.newest(name)
