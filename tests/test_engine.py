@@ -21,6 +21,9 @@ from keras_fam.serve import (
 )
 from keras_fam.serve.sampling import draw
 
+pytest.importorskip("fsspec")
+pytest.importorskip("safetensors")
+
 ROWS = 3
 WAIT = 120  # seconds, far more than a turn takes: so that a fault is no hang
 

@@ -22,6 +22,7 @@ from keras_fam.serve.worker import Worker
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
+pytest.importorskip("fsspec")
 
 MODEL, WAIT = "tiny", 120
 WORDS = " abcdefghi"  # the texts of a vocabulary of 11: these, and an end

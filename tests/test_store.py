@@ -10,7 +10,6 @@ import textwrap
 import threading
 import time
 
-import fsspec
 import numpy as np
 import pytest
 from support import TINY_VOCABULARY, tiny
@@ -18,6 +17,9 @@ from support import TINY_VOCABULARY, tiny
 import keras_fam
 from keras_fam.serve import BadRequest, DamagedSession, NoSuchSession, SessionStore, StaleOwner
 from keras_fam.serve import object_log as object_logs
+
+fsspec = pytest.importorskip("fsspec")
+pytest.importorskip("safetensors")
 
 TOKENS = np.random.default_rng(0).integers(0, TINY_VOCABULARY, (3, 23)).astype("int32")
 
