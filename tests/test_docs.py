@@ -26,6 +26,7 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 OPTIONAL = {"keras_hub": "keras_hub", "visualize": "matplotlib", "SaveProgress": "safetensors"}
+OPTIONAL["SessionStore"] = "fsspec"
 
 
 def name(page):

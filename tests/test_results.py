@@ -236,3 +236,38 @@ def test_accelerators():
         says(cells[3:7], sizes, digits=2)
         says([cells[8]], [program["compile_seconds"]])
         assert ("does not fit" in line) == (sizes[3] > 16 and "16 GB" in cells[7])
+
+
+def test_server():
+    drill, faults = recorded("server_drill"), recorded("server_store_faults")
+    assert not drill["errors"] and drill["wrong_turns"] == drill["wrong_sessions"] == faults["wrong"] == 0
+    assert drill["sessions"] == drill["sessions_stored"] == drill["arguments"]["sessions"]
+    busy = sum(kill["running"] > 0 for kill in drill["kills"])
+    attempts, recovery, took = faults["attempts"], drill["recovery_seconds"], drill["request_seconds"]
+    kinds = ("guessed names", "stale owners", "damaged sessions")
+    expected = {
+        "turns, tokens": (drill["turns"], drill["tokens"]),
+        "sessions, of these in": (drill["sessions"], drill["sessions_stored"]),
+        "replicas killed": (len(drill["kills"]), busy),
+        "until all requests": (recovery["median"], recovery["largest"]),
+        "requests per second": drill["requests_per_second"].values(),
+        "calls of the store": (faults["store_calls"], faults["store_failures"]),
+        "turns, of these": (faults["turns"], faults["wrong"]),
+        "turns refused": (sum(faults["refused_turns"].values()),),
+        "of these, answered": (faults["replayed"], faults["resumed"]),
+        **{kind: (attempts[f"{kind}, tried"], attempts[f"{kind}, refused"]) for kind in kinds},
+    }
+    for cells, values in zip(rows("server", *expected), expected.values(), strict=True):
+        says(cells, values)
+    says(next(rows("server", "a request, seconds: median"))[:1], [took["median"], took["p99"]], digits=2)
+    assert all(attempts[f"{kind}, tried"] == attempts[f"{kind}, refused"] for kind in kinds)
+    found = [recorded(f"server_batching_{backend}") for backend in ("jax", "torch")]
+    for i, sessions in enumerate(found[0]["arguments"]["sessions"]):
+        values = []
+        for record in found:
+            one = record["throughput"][i]
+            assert one["equal"] and one["sessions"] == sessions
+            values += [one["tokens_per_second"]["engine"], one["tokens_per_second"]["private"], one["ratio"]]
+            assert sessions < 8 or one["ratio"] > 1, "batching wins"
+        says(next(rows("server", f"{sessions} sessions")), values, digits=2)
+    assert max(record["long_prompt"]["largest_steps"] for record in found) == 1

@@ -14,7 +14,7 @@ ORDER = [
     *("streaming.session", "streaming.samplers", "streaming.text", "streaming.sampling", "streaming.hub_samplers"),
     *("streaming.generation", "training.batches", "training.callback_model", "training.checked_inputs"),
     *("training.dataset_position", "training.stateful", "training.stream_fit", "streaming", "models.configs"),
-    *("distribution", "models", "baselines", "training", "data", "testing", "evaluation", "export", "hub", ""),
+    *("distribution", "models", "baselines", "training", "data", "testing", "evaluation", "export", "serve", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/torch_graph.py", "ops/scan.py", "ops/attention.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}

@@ -42,7 +42,20 @@ def save(path, model, state, extras=None):
         OSError: if the file cannot be written; an existing file is left unchanged.
         ImportError: without the safetensors package.
     """
-    _check_built(model)
+    safetensors_file.write(path, *pack(model, state, extras))
+
+
+def pack(model, state, extras=None, identity=None):
+    """What a session file holds: `(arrays, fields)`, a dict of NumPy arrays and a dict of str for the header.
+
+    Args:
+        model, state, extras: see `save`.
+        identity: None, or the `model_identity`, where many sessions of unchanged weights are written.
+
+    Raises:
+        ValueError: see `save`.
+    """
+    own, weights = identity or model_identity(model)
     rows = getattr(getattr(getattr(state, "position", None), "offset", None), "shape", (None,))[0]
     check_structure(state, model.state_spec(rows), model.name)
     if not rows:
@@ -57,7 +70,6 @@ def save(path, model, state, extras=None):
                 "Convert it, or leave it out."
             )
         arrays[_EXTRAS + name] = array
-    own = signature(model)
     phase = arrays["position.offset"].astype("int64")
     position = arrays["position.block_index"].astype("int64") * own["block_size"] + phase
     fields = {
@@ -65,9 +77,9 @@ def save(path, model, state, extras=None):
         "phase": json.dumps(phase.tolist()),
         "position": json.dumps(position.tolist()),
         "signature": json.dumps(own),
-        "weights": weights_fingerprint(model),
+        "weights": weights,
     }
-    safetensors_file.write(path, arrays, fields)
+    return arrays, fields
 
 
 def load(path, model, *, check_weights=True):
@@ -89,18 +101,21 @@ def load(path, model, *, check_weights=True):
         ImportError: without the safetensors package.
     """
     _check_built(model)
-    fields, arrays = safetensors_file.read(path)
-    found, own = _described(fields, path), signature(model)
+    return unpack(*safetensors_file.read(path), path, model, check_weights=check_weights)
+
+
+def unpack(fields, arrays, path, model, *, check_weights=True, identity=None):
+    """`load` of what `pack` returned; `path` is what errors call it."""
+    found, (own, fingerprint) = _described(fields, path), identity or model_identity(model)
     _check_signature(found["signature"], own, path, model.name)
-    if check_weights:
-        fingerprint = weights_fingerprint(model)
-        if found["weights"] != fingerprint:
-            raise ValueError(
-                f"A session continues only under the weights that wrote it; the fingerprint of the weights in {path} "
-                f"is {found['weights']:.16}…, that of {model.name} is {fingerprint:.16}…. Load those weights first, or "
-                "pass `check_weights=False` to continue under other weights."
-            )
-    extras = {name.removeprefix(_EXTRAS): arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRAS)}
+    if check_weights and found["weights"] != fingerprint:
+        raise ValueError(
+            f"A session continues only under the weights that wrote it; the fingerprint of the weights in {path} "
+            f"is {found['weights']:.16}…, that of {model.name} is {fingerprint:.16}…. Load those weights first, or "
+            "pass `check_weights=False` to continue under other weights."
+        )
+    extras = {name.removeprefix(_EXTRAS): arrays[name] for name in arrays if name.startswith(_EXTRAS)}
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(_EXTRAS)}
     _check_arrays(arrays, found, path, model.name)
     spec = model.state_spec(found["rows"])
     tensors = iter([ops.convert_to_tensor(arrays[name], dtype=dtype) for name, _, dtype in own["leaves"]])
@@ -108,6 +123,12 @@ def load(path, model, *, check_weights=True):
     check_structure(state, spec, model.name)
     check_finite(state, model.name)
     return state, extras
+
+
+def model_identity(model):
+    """`(signature, fingerprint of the weights)` of a built model: what ties sessions to it."""
+    _check_built(model)
+    return signature(model), weights_fingerprint(model)
 
 
 def describe(path):

@@ -23,16 +23,15 @@ _ZEROS = b"0" * 64
 _BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-def write(path, arrays, fields):
-    """Puts a session file in the place of `path`.
+def encode(arrays, fields, name="a session"):
+    """The bytes of a session file, as three pieces that follow one another.
 
     Args:
-        path: str or path; its folder exists.
         arrays: dict of names to NumPy arrays of the dtypes in `DTYPES`.
         fields: dict of str to str, kept in the header beside format, versions and digest.
+        name: what errors call it.
 
     Raises:
-        OSError: if it cannot be written; an existing file is left unchanged.
         ImportError: without the safetensors package.
     """
     own = {
@@ -43,10 +42,51 @@ def write(path, arrays, fields):
     }
     arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
     data = _safetensors().numpy.save(arrays, {**fields, **own})
-    place = _digest_place(data, path)
+    place = _digest_place(data, name)
     view = memoryview(data)
+    return view[: place.start(1)], _digest(data, place), view[place.end(1) :]
+
+
+def decode(data, name):
+    """`(fields, arrays)` of the bytes of a session file.
+
+    Args:
+        data: bytes.
+        name: what errors call it.
+
+    Raises:
+        ValueError: for bytes that are truncated, changed, no session, or of another version of the format.
+        ImportError: without the safetensors package.
+    """
+    safetensors = _safetensors()
+    place = _digest_place(data, name)
+    if _digest(data, place) != place.group(1):
+        raise ValueError(
+            f"A session file is as it was written; the bytes of {name} do not give its digest, so it was damaged or "
+            "changed. Restore a copy, or reset the streams."
+        )
+    fields, _ = decode_header(data, name)
+    try:
+        tensors = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"A session is a safetensors file; {name} is not ({error}). Restore a copy.") from error
+    return fields, {key: _array(tensor, key, name) for key, tensor in tensors}
+
+
+def write(path, arrays, fields):
+    """Puts a session file in the place of `path`.
+
+    Args:
+        path: str or path; its folder exists.
+        arrays, fields: see `encode`.
+
+    Raises:
+        OSError: if it cannot be written; an existing file is left unchanged.
+        ImportError: without the safetensors package.
+    """
+    pieces = encode(arrays, fields, path)
     with replace_file(path) as file:
-        for piece in (view[: place.start(1)], _digest(data, place), view[place.end(1) :]):
+        for piece in pieces:
             file.write(piece)
 
 
@@ -61,21 +101,10 @@ def read(path):
         FileNotFoundError: without a file.
         ImportError: without the safetensors package.
     """
-    safetensors = _safetensors()
+    _safetensors()
     with _open(path) as file:
         data = file.read()
-    place = _digest_place(data, path)
-    if _digest(data, place) != place.group(1):
-        raise ValueError(
-            f"A session file is as it was written; the bytes of {path} do not give its digest, so it was damaged or "
-            "changed. Restore a copy, or reset the streams."
-        )
-    fields, _ = _parse(data[8 : 8 + _header_size(data, len(data), path)], path)
-    try:
-        tensors = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"A session is a safetensors file; {path} is not ({error}). Restore a copy.") from error
-    return fields, {name: _array(tensor, name, path) for name, tensor in tensors}
+    return decode(data, path)
 
 
 def read_header(path):
@@ -92,6 +121,11 @@ def read_header(path):
         size = os.fstat(file.fileno()).st_size
         header = file.read(_header_size(file.read(8), size, path))
     return _parse(header, path)
+
+
+def decode_header(data, name):
+    """`read_header` of the bytes of a file, or of as many as its header has."""
+    return _parse(data[8 : 8 + _header_size(data, len(data), name)], name)
 
 
 def _safetensors():

@@ -1,0 +1,218 @@
+"""Clients, sessions and killed replicas: a server under Ray Serve whose processes are killed at random moments:
+
+    KERAS_BACKEND=torch python -m examples.serving.ray_drill --out out/ray_drill.json
+
+Clients (OpenAI's) talk to sessions, whole and streamed, while replicas are killed (SIGKILL). Afterwards every session's
+turns are done again by a private stream: each token of each turn has to be the same, and where the session stands. An
+answer that fails, a token that is lost or said twice, or a session that is gone is counted. No client tries again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import statistics
+import tempfile
+import threading
+import time
+
+import keras_fam
+from examples.record import run_record
+from examples.serving.small_model import small_text_model
+from keras_fam.serve import SessionStore, ray_app
+from keras_fam.serve.__main__ import make_parser, running
+
+MODEL = "small_text_model"
+TEXT = "It is a truth universally acknowledged that a single man in possession of a good fortune"
+
+
+class Drill:
+    """What the clients did, in order, session by session."""
+
+    def __init__(self, args, url):
+        self.args, self.url = args, url
+        self.turns = {number: [] for number in range(args.sessions)}  # (prompt, count, tokens, position)
+        self.names, self.errors, self.latencies, self.done = {}, [], [], 0
+        self.lock = threading.Lock()
+
+    def client(self, number, requests):
+        import openai
+
+        client = openai.OpenAI(base_url=self.url, api_key="none", timeout=300, max_retries=0)
+        draw, mine = random.Random(number), range(number, self.args.sessions, self.args.clients)
+        for _ in range(requests):
+            session, stream = draw.choice(mine), draw.random() < 0.5
+            prompt, count = TEXT[: draw.randint(1, self.args.prompt)], draw.randint(1, self.args.tokens)
+            start = time.perf_counter()
+            try:
+                answer = client.completions.create(
+                    model=MODEL,
+                    prompt=prompt,
+                    max_tokens=count,
+                    temperature=0,
+                    stream=stream,
+                    extra_body={"session": self.names.get(session, "new")},
+                )
+                parts = list(answer) if stream else [answer]
+            except openai.APIError as error:
+                with self.lock:
+                    self.errors.append(f"session {session}: {error!r:.300}")
+                continue
+            with self.lock:
+                self.names[session] = parts[-1].session
+                tokens = [token for part in parts for token in part.choices[0].token_ids]
+                self.turns[session].append((prompt, count, tokens, parts[-1].position))
+                self.latencies.append((start, time.perf_counter()))
+                self.done += 1
+
+    def run(self, requests, beside=None):
+        """All clients, with `beside()` in this thread; seconds."""
+        share, start = requests // self.args.clients, time.perf_counter()
+        threads = [threading.Thread(target=self.client, args=(n, share)) for n in range(self.args.clients)]
+        for thread in threads:
+            thread.start()
+        if beside is not None:
+            beside(lambda: any(thread.is_alive() for thread in threads))
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - start
+
+    def compare(self, lm):
+        """Does every turn again in private streams: what differs, as `(turns, sessions)`."""
+        tokenizer, wrong_turns, wrong_sessions = lm.preprocessor.tokenizer, 0, 0
+        stream = keras_fam.StreamingModel(lm, 1)
+        for turns in self.turns.values():
+            stream.reset_state()
+            wrong = 0
+            for prompt, count, tokens, position in turns:
+                expected = stream.generate(
+                    [tokenizer(prompt)], max_new_tokens=count, stop_token_ids=[tokenizer.end_token_id]
+                )[0]
+                wrong += bool(tokens != expected or position != int(stream.position[0]))
+            wrong_turns, wrong_sessions = wrong_turns + wrong, wrong_sessions + bool(wrong)
+        return wrong_turns, wrong_sessions
+
+
+def engines():
+    """Statistics of the engines that answer, by name."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle(ray_app.ENGINE, app_name=ray_app.APP)
+    found = handle.broadcast("statistics").results(timeout_s=30, return_exceptions=True)
+    return {name: part[name] for part in found if isinstance(part, dict) for name in part}
+
+
+def resident(found):
+    """Resident bytes of the engines' processes."""
+    pages = {name: int(pathlib.Path(f"/proc/{s['pid']}/statm").read_text().split()[1]) for name, s in found.items()}
+    return {name: count * os.sysconf("SC_PAGE_SIZE") for name, count in pages.items()}
+
+
+def killer(drill, requests, kills, log):
+    """Kills a random replica at random moments, spread over the requests."""
+    draw = random.Random(0)
+    moments = sorted(draw.uniform(0.02, 0.97) * requests for _ in range(kills))
+
+    def run(going):
+        for moment in moments:
+            while going() and drill.done + len(drill.errors) < moment:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.2))
+            while going():
+                found = engines()
+                if found:
+                    name = draw.choice(sorted(found))
+                    with contextlib.suppress(ProcessLookupError):  # Ray ended it meanwhile
+                        os.kill(found[name]["pid"], signal.SIGKILL)
+                        log.append({"at": time.perf_counter(), "running": found[name]["running"], "of": len(found)})
+                        break
+                time.sleep(0.2)
+
+    return run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=5000, help="while replicas are killed")
+    parser.add_argument("--quiet", type=int, default=2000, help="requests after that, to measure resident memory")
+    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--prompt", type=int, default=24, help="characters of a prompt, at most")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens generated in a turn, at most")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--save-every", type=int, default=16)
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file")
+    args = parser.parse_args(argv)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kills, memory = [], []
+    with tempfile.TemporaryDirectory() as store:
+        server = make_parser().parse_args(
+            f"examples.serving.small_model:{MODEL} --store {store} --replicas {args.replicas} --rows {args.rows} "
+            f"--save-every {args.save_every} --cpus-per-replica 0.1 --port {port}".split()
+        )
+        with running(server):
+            drill = Drill(args, f"http://127.0.0.1:{port}/v1")
+            seconds = drill.run(args.requests, killer(drill, args.requests, args.kills, kills))
+            latencies, errors = list(drill.latencies), list(drill.errors)
+            print(f"{len(latencies)} turns, {len(errors)} errors, {len(kills)} kills, {seconds:.0f} s", flush=True)
+            while len(engines()) < args.replicas:
+                time.sleep(0.5)
+            parts = 5
+            quiet_seconds = 0.0
+            for _ in range(parts):
+                quiet_seconds += drill.run(args.quiet // parts)
+                memory.append(resident(engines()))
+            after = engines()
+        stored = len(SessionStore(store).list())
+    wrong_turns, wrong_sessions = drill.compare(small_text_model())
+    took = [end - start for start, end in latencies]
+    # Of each kill: when the last of the requests that were under way was answered.
+    waits = [
+        max((end - kill["at"] for start, end in latencies if start <= kill["at"] <= end), default=0.0) for kill in kills
+    ]
+    names = set(memory[0]) & set(memory[-1])
+    growth = {name: memory[-1][name] / memory[0][name] - 1 for name in sorted(names)}
+    result = {
+        **run_record("examples.serving.ray_drill", args, argv),
+        "turns": drill.done,
+        "tokens": sum(len(tokens) for turns in drill.turns.values() for _, _, tokens, _ in turns),
+        "errors": drill.errors,
+        "wrong_turns": wrong_turns,
+        "wrong_sessions": wrong_sessions,
+        "sessions": len(drill.names),
+        "sessions_stored": stored,
+        "kills": [{"running": kill["running"], "of": kill["of"]} for kill in kills],
+        "recovery_seconds": {"each": waits, "median": statistics.median(waits or [0]), "largest": max(waits or [0])},
+        "request_seconds": {"median": statistics.median(took), "p99": sorted(took)[int(0.99 * len(took))]},
+        "requests_per_second": {"with_kills": len(took) / seconds, "quiet": args.quiet / quiet_seconds},
+        "resident_growth": growth,
+        "resident_bytes": memory,
+        "engines": {
+            name: {key: s[key] for key in ("turns", "resumed", "replayed", "loads")} for name, s in after.items()
+        },
+    }
+    print(
+        f"{result['turns']} turns and {result['tokens']:,} tokens of {result['sessions']} sessions; "
+        f"{len(drill.errors)} errors; {wrong_turns} turns differ from private streams; {stored} sessions stored"
+    )
+    recovery, usual = result["recovery_seconds"], result["request_seconds"]["median"]
+    print(
+        f"after a kill, all requests under way were answered within {recovery['median']:.1f} s in the median and "
+        f"{recovery['largest']:.1f} s at most; a request takes {usual:.3f} s in the median; resident memory of the "
+        f"replicas over {args.quiet} requests: " + ", ".join(f"{100 * change:+.1f} %" for change in growth.values())
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
