@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from examples.verification import mutants
+
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").rglob("*.py"))
 SCRIPTS = [path for path in FILES if "__main__" in path.read_text()]
@@ -86,3 +88,9 @@ def test_the_index_lists_every_script():
             assert f"python -m {module.removesuffix('.__main__')}" in index, module
     for link in re.findall(r"\]\(([^)#]+)\)", index):
         assert (folder / link).exists(), link
+
+
+def test_every_fault_of_the_mutants_has_one_place():
+    """Otherwise the command stops at the first one whose code has changed since."""
+    package = ROOT / "keras_fam"
+    assert not [m.name for m in mutants.MUTANTS if (package / m.file).read_text().count(m.old) != 1]
