@@ -105,7 +105,8 @@ def test_tensorflow_compiles_with_xla():
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="the GPU report covers JAX and torch")
 @pytest.mark.parametrize(
-    "task, system", [("prefill", "fam"), ("prefill", "full"), ("train", "fam"), ("decode", "fam"), ("decode", "full")]
+    "task, system",
+    [("prefill", "inputs"), ("prefill", "full"), ("train", "fam"), ("decode", "fam"), ("decode", "full")],
 )
 def test_gpu_report_at_small_sizes(monkeypatch, task, system):
     monkeypatch.setenv("KERAS_BACKEND", BACKEND)  # as the script's own processes have it
