@@ -96,7 +96,7 @@ def test_layers_as_a_loop_are_equal():
         model(scan_layers=True, layer_settings=[{}, {"memory_segments": 0}])
 
 
-def test_streams_that_often_start_anew():
+def test_streams_that_often_start_over():
     """Their state comes from a compiled program then: the same one, of the weights that there are, for any rows."""
     lm = model()
     stream, ids = keras_fam.StreamingModel(lm, batch_size=2), IDS[:, :1]

@@ -188,7 +188,7 @@ def test_random_samplers_follow_their_seed(fam, module, name):
     again = make(7)  # shares the program, not the draws
     assert draw(again) == first and draw(again) == second
     assert draw(sampler, seed=3) == draw(make(1), seed=3) == draw(make(None), seed=3) != first
-    if name == "random":  # by name, every call draws anew
+    if name == "random":  # by name, every call draws its own
         assert draw(name) != draw(name)
     keys = [*programs_of(fam.lm).keys("sample"), *programs_of(fam.lm).keys("step")]
     keys = [key for key in keys if make(0).__class__ in key]

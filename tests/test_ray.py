@@ -25,7 +25,7 @@ from keras_fam.serve.protocol import parse
 ray = pytest.importorskip("ray")
 openai = pytest.importorskip("openai")
 if keras.backend.backend() != "torch":
-    pytest.skip("runs with PyTorch alone", allow_module_level=True)
+    pytest.skip("the cluster is the same with every backend; PyTorch starts fastest", allow_module_level=True)
 
 MODEL, WAIT, REPLICAS = "small_text_model", 180, 2
 

@@ -169,7 +169,7 @@ def test_training_goes_on():
         assert abs(loss - np.mean(numpy(y) ** 2)) <= 1e-5 * loss
         states = one, two
         changed = [np.abs(numpy(v) - w).max() > 0 for v, w in zip(model.trainable_variables, weights, strict=True)]
-        assert sum(changed) >= len(changed) - 2  # all but the F_0 of rows that do not start anew
+        assert sum(changed) >= len(changed) - 2  # all but the F_0 of rows that do not start over
     states_close(model.layers[1].state, states[0], SPLIT)
 
 

@@ -172,6 +172,6 @@ def test_simplified_graph():
     ((graph, _),) = run.graphs.values()
     names = [str(node.target) for node in graph.graph.nodes]
     assert "aten.arange.default" not in names and names.count("aten.add.Tensor") == 2
-    assert len(dict(graph.named_buffers())) <= 2  # 1 and 2; zeros are made anew for writing
+    assert len(dict(graph.named_buffers())) <= 2  # 1 and 2; zeros are made for each write
     weight.assign([5.0, 6.0])
     assert torch.equal(run(x)[2], x + torch.tensor([5.0, 6.0], device=device))

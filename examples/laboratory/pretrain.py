@@ -36,7 +36,7 @@ def pretrain(args):
     record = {"steps": 0, "seconds": 0.0, "curve": []}
     if (args.out / "pretraining.json").exists():
         record = json.loads((args.out / "pretraining.json").read_text())
-        assign(lm.backbone, prepared.arrays())  # Adam's moments start anew
+        assign(lm.backbone, prepared.arrays())  # Adam's moments are not kept
     learner = Learner(lm, {"weights": args.rate})
     train(learner, prepared, record, args)
     return record

@@ -1,5 +1,6 @@
 """PassKey for every system of the paper on one axis (Fig. 3a, 7 and 9), small: TransformerBSWA with 0 to 4 segments,
-stop-gradient segments, static summary tokens (SUM FAM), feedback memory segments (FM), RMT and TransformerFAM.
+stop-gradient segments, static summary tokens (SUM FAM), feedback memory segments (FM), RMT and TransformerFAM, also
+with this project's writes and updates of the memory.
 
 Each system is trained as in `examples.passkey.demo` (whose options apply here), and reads held-out prose at constant
 memory. Weights and results are kept in `--out`; a later call adds the systems that are missing, and draws all of them.
@@ -32,6 +33,9 @@ SYSTEMS = {  # title, class of the backbone, settings
     "RMT": ("RMT", RMT, {}),
     "FAM": ("FAM", FAM, {}),
     "FAM_N": ("FAM, normalized", FAM, {"memory_update": "normalized"}),
+    "FAM_H": ("FAM, hard gate", FAM, {"memory_update": "hard_gate"}),
+    "FAM_A": ("FAM, anchored, hard gate", FAM, {"fam_query": "anchored", "memory_update": "hard_gate"}),
+    "FAM_L": ("FAM, layer inputs, hard gate", FAM, {"fam_query": "layer_inputs", "memory_update": "hard_gate"}),
     "RMT_N": ("RMT, normalized", RMT, {"memory_update": "normalized"}),
 }
 ROWS = 64
@@ -63,7 +67,7 @@ def run(name, task, args):
     """Trains a system, keeps its weights and reads the texts; the results as a dict."""
     title, backbone_class, settings = SYSTEMS[name]
     recorded = {"backbone": backbone_class.__name__, **settings}
-    if "memory_update" in settings:  # the recipe for length: normalized, with noise in training
+    if settings.get("memory_update") == "normalized":  # the recipe for length: normalized, with noise in training
         title, settings = f"{title}, noise {args.noise}", {"memory_update": keras_fam.Normalized(noise=args.noise)}
         recorded["noise"] = args.noise
     started = time.perf_counter()

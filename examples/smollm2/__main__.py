@@ -72,6 +72,8 @@ def parser():
     untrained = command("untrained", "what conversion alone does, over a text of up to two million tokens")
     untrained.add_argument("--systems", nargs="+", metavar="SYSTEM", default=UNTRAINED, help="see untrained.py")
     untrained.add_argument("--tokens", type=int, default=100_000, help="0: the whole text")
+    untrained.add_argument("--step", type=int, default=512, help="tokens read at once, whole blocks")
+    untrained.add_argument("--dtype", default="float32", help="of the model; losses are float32")
     untrained.set_defaults(fam=16)
 
     stream = command("stream", "reads a whole novel")

@@ -24,7 +24,6 @@ from keras_fam.ops.backend import compiled
 from keras_fam.streaming import session
 
 FIRST_NOVEL, OTHER_NOVEL = "northanger abbey", "persuasion"
-STEP = 512  # tokens read at once
 # Options of `keras_fam.hub.convert`, with `--fam` rows of memory unless they say otherwise.
 SYSTEMS = {
     "BSWA": {"fam_length": 0, "attention_sinks": 0},
@@ -60,19 +59,23 @@ def reader(lm):
     """A compiled step: −log p of the next tokens, the state, and the RMS of each layer's memory after the step."""
 
     def read(inputs, targets, state):
-        logits, state = lm.advance(inputs, state, aligned=True)
-        logits = ops.cast(logits, "float32")
-        chosen = ops.take_along_axis(logits, ops.expand_dims(targets, -1), axis=-1)[..., 0]
+        hidden, state = lm.backbone.advance(inputs, state, aligned=True)
+        losses = []
+        for start in range(0, inputs.shape[1], lm.block_size):  # logits of a block at a time: they are large
+            part = slice(start, start + lm.block_size)
+            logits = ops.cast(lm.backbone.token_embedding(hidden[:, part], reverse=True), "float32")
+            chosen = ops.take_along_axis(logits, ops.expand_dims(targets[:, part], -1), axis=-1)[..., 0]
+            losses.append(ops.logsumexp(logits, axis=-1) - chosen)
         memories = [layer.fam for layer in state.layers] if lm.backbone.fam_length else []
         sizes = [ops.sqrt(ops.mean(ops.square(fam))) for fam in memories]
-        return ops.logsumexp(logits, axis=-1) - chosen, state, sizes
+        return ops.concatenate(losses, axis=1), state, sizes
 
     return compiled(read, lambda: lm.variables)
 
 
-def steps(ids):
-    for start in range(0, len(ids) - 1, STEP):
-        part = ids[None, start : start + STEP + 1]
+def steps(ids, size):
+    for start in range(0, len(ids) - 1, size):
+        part = ids[None, start : start + size + 1]
         yield ops.convert_to_tensor(part[:, :-1]), ops.convert_to_tensor(part[:, 1:])
 
 
@@ -87,7 +90,7 @@ def measure(lm, ids, path, settings):
         losses = [extras["losses"]]
     run, began, seconds = reader(lm), time.time(), found["seconds"]
     sizes, read = found["RMS by step"], found["tokens"]
-    for inputs, targets in steps(ids[read:]):
+    for inputs, targets in steps(ids[read:], settings["step"]):
         loss, state, rms = run(inputs, targets, state)
         losses.append(ops.convert_to_numpy(loss)[0])
         sizes.append([round(float(x), 4) for x in rms])
@@ -112,7 +115,7 @@ def cosines(source, args, blocks=32):
     run = reader(lm)
     for title in (FIRST_NOVEL, OTHER_NOVEL):
         state = lm.get_initial_state(1)
-        for inputs, targets in steps(novels[title][: blocks * args.block + 1]):
+        for inputs, targets in steps(novels[title][: blocks * args.block + 1], args.step):
             _, state, _ = run(inputs, targets, state)
         memories.append([ops.convert_to_numpy(layer.fam).ravel() for layer in state.layers])
     pairs = zip(*memories, strict=True)
@@ -126,10 +129,12 @@ def summarize(folder):
         record = json.loads(path.read_text())
         if "system" in record:
             sizes = np.array(record.pop("RMS by step"))
-            blocks = STEP // record["block"]  # in a step
-            for name, first, last in (("10 to 110", 10, 110), ("900 to 1,000", 900, 1000)):
-                if sizes.size and len(sizes) * blocks >= last:
-                    means = sizes[first // blocks : last // blocks].mean(0)
+            blocks = record["step"] // record["block"]  # in a step
+            read = len(sizes) * blocks
+            ranges = {"10 to 110": (10, 110), "900 to 1,000": (900, 1000), "the last 100": (read - 100, read)}
+            for name, (first, last) in ranges.items():
+                if sizes.size and read >= last:
+                    means = sizes[-(-first // blocks) : last // blocks].mean(0)
                     record[f"RMS by layer, blocks {name}"] = [round(float(x), 3) for x in means]
             found[record["system"]] = record
         elif "cosines" in record:
@@ -148,11 +153,11 @@ def summarize(folder):
 
 def untrained(args):
     """Measures every system of `args.systems`, one after the other."""
-    source = load()
+    source = load(dtype=args.dtype)
     folder = args.out / "untrained"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"block": args.block, "segments": args.segments, "fam": args.fam, "seed": args.seed}
-    settings |= {"backend": keras.backend.backend(), "keras": keras.__version__}
+    settings |= {"step": args.step, "dtype": args.dtype, "backend": keras.backend.backend(), "keras": keras.__version__}
     for system in args.systems:
         if system == "cosines":
             found = cosines(source, args)
@@ -161,8 +166,8 @@ def untrained(args):
             print(f"cosine of the memories of two novels: below 0.95 in {below} of {len(found)} layers; {found}")
             continue
         ids = text_ids(source.preprocessor.tokenizer, args.out)
-        wanted = -(-args.tokens // STEP) * STEP or len(ids)
-        ids = ids[: min(wanted, (len(ids) - 1) // STEP * STEP) + 1]
+        wanted = -(-args.tokens // args.step) * args.step or len(ids)
+        ids = ids[: min(wanted, (len(ids) - 1) // args.step * args.step) + 1]
         name = system.lower().replace("'", "").replace(",", "").replace(" ", "_")
         measure(converted(source, args, system), ids, folder / name, {"system": system, **settings})
     summarize(folder)

@@ -117,7 +117,7 @@ class StreamScorer:
 
 
 def pieces(texts, size):
-    """Texts cut anew into pieces of `size` tokens: `(tokens, targets, weights, distance)`, each `[B, size]`.
+    """Texts cut into pieces of `size` tokens: `(tokens, targets, weights, distance)`, each `[B, size]`.
 
     The last piece is filled up with tokens of weight 0.
     """

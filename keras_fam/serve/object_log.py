@@ -2,7 +2,7 @@
 
 `ROOT/NAME/0000000007` is version 7 of session NAME. A writer that knows version 6 as the newest creates 7, and creating
 fails if 7 exists. So the number of the newest version is the fencing token: of two owners that hold the same version
-one writes, and the other is refused, now and for ever after. Nothing here relies on clocks, locks or leases.
+one writes, and the other is refused, now and later. Nothing here relies on clocks, locks or leases.
 
 The store has to offer two things: creating an object fails if its name exists, in one step with its whole content; and
 a listing shows all that was created before it began. `create` below says how each kind of store does the first.
@@ -22,6 +22,7 @@ import time
 
 from keras_fam.serve.errors import BadRequest, NoSuchSession, StaleOwner
 from keras_fam.utils import safetensors_file
+from keras_fam.utils.atomic import sync_folder
 
 # Stores whose packages create an object in one step unless it exists.
 ATOMIC = {
@@ -117,12 +118,7 @@ class ObjectLog:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
-        if hasattr(os, "O_DIRECTORY"):
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        sync_folder(folder)
 
     def _probe(self):
         """Refuses a store that lets a name be created twice."""

@@ -45,6 +45,11 @@ def replace_file(path):
     finally:
         if handle is not None:
             os.close(handle)
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Waits until the names in `folder` have reached the disk, where the system can say so."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
