@@ -27,7 +27,7 @@ from keras_fam.evaluation import ABLATIONS, ablate_memory
 from keras_fam.tasks import PassKey, accuracy
 from keras_fam.tasks.passkey import QUESTION
 
-MODELS = ("normalized", "paper", "bswa", "normalized_only", "noise_only")
+MODELS = ("hard_gate", "normalized", "paper", "bswa", "normalized_only", "noise_only")
 
 
 def options():
@@ -68,6 +68,7 @@ def parser():
 def models(args):
     """Title and settings of each model by name; the last two ablate one of the two additions to the paper's form."""
     return {
+        "hard_gate": ("FAM (hard gate)", {"memory_update": "hard_gate"}),
         "normalized": ("FAM (normalized, noise)", {"memory_update": keras_fam.Normalized(noise=args.noise)}),
         "paper": ("FAM (paper)", {}),
         "bswa": ("BSWA", {"fam_length": 0}),

@@ -40,7 +40,7 @@ PROSE = {
     "king_james": "the King James Bible",
 }
 UPDATES = {"residual": keras_fam.Residual, "normalized": keras_fam.Normalized, "binary": keras_fam.Binary}
-NAMES = ("recipe", "paper", "bswa")
+NAMES = ("hard_gate", "recipe", "paper", "bswa")
 
 
 def arguments(argv=None):
@@ -76,6 +76,7 @@ def models(args):
     """Title and settings of each model by name."""
     recipe = {"memory_update": UPDATES[args.memory_update](noise=args.noise)}
     return {
+        "hard_gate": ("FAM (hard gate)", {"memory_update": keras_fam.HardGate()}),
         "recipe": (f"FAM ({args.memory_update}, noise)", recipe),
         "paper": ("FAM (paper)", {}),
         "bswa": ("BSWA", {"fam_length": 0}),

@@ -33,9 +33,9 @@ SYSTEMS = {  # title, class of the backbone, settings
     "RMT": ("RMT", RMT, {}),
     "FAM": ("FAM", FAM, {}),
     "FAM_N": ("FAM, normalized", FAM, {"memory_update": "normalized"}),
-    "FAM_H": ("FAM, hard gate", FAM, {"memory_update": "hard_gate"}),
-    "FAM_A": ("FAM, anchored, hard gate", FAM, {"fam_query": "anchored", "memory_update": "hard_gate"}),
-    "FAM_L": ("FAM, layer inputs, hard gate", FAM, {"fam_query": "layer_inputs", "memory_update": "hard_gate"}),
+    "HG": ("FAM, hard gate", FAM, {"memory_update": "hard_gate"}),
+    "HG_A": ("FAM, anchored, hard gate", FAM, {"fam_query": "anchored", "memory_update": "hard_gate"}),
+    "HG_L": ("FAM, layer inputs, hard gate", FAM, {"fam_query": "layer_inputs", "memory_update": "hard_gate"}),
     "RMT_N": ("RMT, normalized", RMT, {"memory_update": "normalized"}),
 }
 ROWS = 64
@@ -90,7 +90,7 @@ def plot(found, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
-    colors = {"M": "Blues", "F": "Oranges", "S": "Greys", "R": "Greens"}
+    colors = {"M": "Blues", "F": "Oranges", "S": "Greys", "R": "Greens", "H": "Purples"}
     kinds = {kind: [n for n in found["systems"] if n[0] == kind] for kind in colors}
     for name, system in found["systems"].items():
         kind = kinds[name[0]]

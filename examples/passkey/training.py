@@ -87,7 +87,7 @@ class Training:
     def make(self, writes):
         """A model of the first stage, which learns to write, or of the later stages."""
         settings = self.settings
-        if writes and "memory_update" in settings:
+        if writes and "memory_update" in settings and settings["memory_update"].noise:
             settings = {**settings, "memory_update": "normalized"}
         return self.make_model(**settings)
 
