@@ -5,6 +5,8 @@ of the package. One batch row at a time, block by block, token by token, with ab
 stream stands at position t (plus the random position offset), the memory written for block b stands in block b, and
 the initial memory F_0 counts as the memory of block -1. Blocks are numbered from 0 here.
 
+Weights may hold others for memory rows, a dict under "memory".
+
 Axes: B batch, T tokens of one call, S block, F memory rows, P visible memories, N query heads, K key/value heads,
 G = N // K, H head width, D model width, M feed-forward width, V vocabulary, L layers; R any number of rows, J any
 number of keys.
@@ -140,6 +142,7 @@ def fam_positions(block, cfg, position_offset=0.0):
 
 def project_memories(memories, weights, cfg, position_offset):
     """k_F and v_F (lists of P * F, each [K, H]) of some memories [(block, [F, D]), ...], projected afresh (Alg. 2)."""
+    weights = weights.get("memory", weights)
     k_f, v_f = [], []
     for block, memory in memories:
         k, v = project_key_value(memory, fam_positions(block, cfg, position_offset), weights, cfg)
@@ -185,6 +188,7 @@ def update_memory(written, previous, first, weights, cfg):
 
     An average and a gate take the first thing that is written as it is.
     """
+    weights = weights.get("memory", weights)
     kind = cfg["memory_update"]
     if kind == "residual" or (first and kind in ("average", "learned_average", "hard_gate")):
         return written
@@ -212,6 +216,7 @@ def write_memory(row, rows_below, weights, cfg, position_offset):
     fam_query="anchored" they ask, and are the residual, in every block; with "layer_inputs" they are also what is
     remembered.
     """
+    tokens, weights = weights, weights.get("memory", weights)
     s = cfg["block_size"]
     block = row.count // s - 1
     memories = row.memories[-cfg["num_visible_memories"] :] or [(-1, rows_below)]
@@ -224,7 +229,7 @@ def write_memory(row, rows_below, weights, cfg, position_offset):
     q_f = project_query(asking, fam_positions(query_block, cfg, position_offset), weights, cfg)
     k_f, v_f = project_memories(memories, weights, cfg, position_offset)
     if block > 0:
-        more = sinks(row, block, weights, cfg, position_offset)
+        more = sinks(row, block, tokens, cfg, position_offset)
         k_f, v_f = k_f + more[0], v_f + more[1]
     keys = np.stack(k_f + row.keys[block * s : (block + 1) * s])
     values = np.stack(v_f + row.values[block * s : (block + 1) * s])

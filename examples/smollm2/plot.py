@@ -1,4 +1,4 @@
-"""A figure of training and evaluation: loss by step, perplexity by position."""
+"""Figures: loss by step and perplexity by position; perplexity along a text without an end."""
 
 import itertools
 import json
@@ -38,3 +38,30 @@ def plot(args, losses, path):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     return True
+
+
+def plot_stream(found, path, systems=("BSWA, 4 sinks", "FAM")):
+    """Draws perplexities by ten thousand tokens of two systems, and the second over the first, to `path`.
+
+    Args:
+        found: dict of reports of `examples.smollm2.untrained` by system.
+        path: of the image.
+        systems: names of the two.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [np.asarray(found[name]["perplexity by ten thousand tokens"]) for name in systems]
+    count = min(map(len, lines))
+    tokens = 10_000 * (np.arange(count) + 0.5)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
+    for name, line, style in zip(systems, lines, ("-", "--"), strict=True):
+        above.plot(tokens, line[:count], style, label=name)
+    above.set(ylabel="perplexity", ylim=(0, None))
+    above.legend()
+    below.plot(tokens, lines[1][:count] / lines[0][:count], color="black", linewidth=1)
+    below.axhline(1.01, color="grey", linestyle=":")
+    below.set(xlabel="tokens read", ylabel=f"{systems[1]} over {systems[0]}", ylim=(0.985, 1.015))
+    figure.savefig(path, dpi=100)

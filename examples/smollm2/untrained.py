@@ -8,6 +8,7 @@ The text is the six novels of Austen, "Northanger Abbey" first, and the King Jam
 million tokens, all of them with `--tokens 0`). Streams are saved every ten thousand tokens and continue from there.
 """
 
+import importlib.util
 import json
 import time
 
@@ -19,11 +20,14 @@ import keras_fam
 from examples.datasets.king_james import king_james
 from examples.smollm2.books import book_ids
 from examples.smollm2.model import load
+from examples.smollm2.plot import plot_stream
 from examples.smollm2.stream import FIRST, resident
 from keras_fam.ops.backend import compiled
 from keras_fam.streaming import session
 
 FIRST_NOVEL, OTHER_NOVEL = "northanger abbey", "persuasion"
+# Blocks over which the RMS of memories is averaged.
+RANGES = {"10 to 110": (10, 110), "900 to 1,000": (900, 1000), "the last 100": (-100, None)}
 # Options of `keras_fam.hub.convert`, with `--fam` rows of memory unless they say otherwise.
 SYSTEMS = {
     "BSWA": {"fam_length": 0, "attention_sinks": 0},
@@ -131,8 +135,8 @@ def summarize(folder):
             sizes = np.array(record.pop("RMS by step"))
             blocks = record["step"] // record["block"]  # in a step
             read = len(sizes) * blocks
-            ranges = {"10 to 110": (10, 110), "900 to 1,000": (900, 1000), "the last 100": (read - 100, read)}
-            for name, (first, last) in ranges.items():
+            for name, (first, last) in RANGES.items():
+                first, last = (read + first, read) if first < 0 else (first, last)
                 if sizes.size and read >= last:
                     means = sizes[-(-first // blocks) : last // blocks].mean(0)
                     record[f"RMS by layer, blocks {name}"] = [round(float(x), 3) for x in means]
@@ -140,15 +144,18 @@ def summarize(folder):
         elif "cosines" in record:
             found["cosines"] = record
     (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    if {"FAM", "BSWA, 4 sinks"} <= set(found) and importlib.util.find_spec("matplotlib"):
+        plot_stream(found, folder / "perplexity.png")
     of = "perplexity by ten thousand tokens"
     for system, other in (("BSWA, 4 sinks", "BSWA"), ("FAM", "BSWA, 4 sinks")):
         if system in found and other in found:
             ratios = [a / b for a, b in zip(found[system][of], found[other][of], strict=False)]
             print(f"{system} over {other}: {min(ratios):.4f} to {max(ratios):.4f} times the perplexity")
-    later, early = (found.get("FAM", {}).get(f"RMS by layer, blocks {x}") for x in ("900 to 1,000", "10 to 110"))
-    if later:
-        ratios = np.divide(later, early)
-        print(f"RMS of the memory, blocks 900 to 1,000 over 10 to 110: {ratios.min():.3f} to {ratios.max():.3f} times")
+    early, *later = (found.get("FAM", {}).get(f"RMS by layer, blocks {x}") for x in RANGES)
+    for name, means in zip([*RANGES][1:], later, strict=True):
+        if early and means:
+            ratios = np.divide(means, early)
+            print(f"RMS of the memory, blocks {name} over 10 to 110: {ratios.min():.3f} to {ratios.max():.3f} times")
 
 
 def untrained(args):

@@ -56,6 +56,8 @@ class FeedbackMemoryBlock(TransformerFAMBlock):
     Args: those of `TransformerFAMBlock`; `memory_segments` must be at least 1.
     """
 
+    keeps_tokens_apart = False
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if not self.attention.memory_segments:

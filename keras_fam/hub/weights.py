@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_fam.hub.layouts import SAME, Layout
 from keras_fam.hub.source import walk
+from keras_fam.layers.fast_call import is_for_memory
 from keras_fam.models.lora import learned_memory_weights
 from keras_fam.ops.backend import refresh_torch_parameters
 
@@ -83,6 +84,11 @@ def copy(pair_list, back=False):
     for p in pair_list:
         there, here = (p.theirs, p.their_name), (p.ours, p.our_name)
         (layer, name), target = (here, variable(*there)) if back else (there, variable(*here))
+        if is_for_memory(layer):
+            raise ValueError(
+                f'{p.path} has a LoRA update for memory rows alone (`enable_lora(rows="memory")`), and the other model '
+                "has no memory. Save the update with `save_lora_weights(path)`; the other weights are the source's."
+            )
         value = ops.convert_to_tensor(getattr(layer, name))
         value = p.layout.write(value, target.value) if back else p.layout.read(value, target.shape)
         if tuple(value.shape) != tuple(target.shape):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_fam.layers.fast_call import reading_tokens
 from keras_fam.layers.memory_scan import memory_ages
 from keras_fam.ops import block_layout, masks
 from keras_fam.ops.attention import attend_blocks, attend_slots
@@ -59,7 +60,8 @@ def forward_chunk(layer, x, state, position, chunk, *, seed=None, rows_below=Non
     """
     attention, memory = layer.attention_layer(), None
     x = chunk.zero_padding(x)
-    query, keys, values = project_tokens(layer, x, state, position, chunk)
+    with reading_tokens():
+        query, keys, values = project_tokens(layer, x, state, position, chunk)
     state = keep_sinks(attention, state, keys, values, position)
     if layer.fam_length:
         memory, state, rows_below = layer.scan_memory(
@@ -67,7 +69,8 @@ def forward_chunk(layer, x, state, position, chunk, *, seed=None, rows_below=Non
         )
     rows = rows_to_read(attention, state, memory, position, chunk)
     attended = attend_tokens(attention, query, keys, values, rows, position, chunk)
-    y = layer.token_output(attended, x, seed)
+    with reading_tokens():
+        y = layer.token_output(attended, x, seed)
     state = keep_keys(attention, state, keys, values, chunk) if chunk.keep_state else None
     return y, state, rows_below
 

@@ -1,6 +1,8 @@
 """Calling sublayers at little cost, LoRA updates included."""
 
+import contextlib
 import math
+import threading
 
 import keras
 from keras import ops
@@ -16,9 +18,32 @@ def is_plain(layer):
     return layer.quantization_mode is None and layer.compute_dtype == layer.variable_dtype
 
 
+_rows = threading.local()
+
+
+@contextlib.contextmanager
+def reading_tokens():
+    """Inside, layers compute for tokens, on which the updates of `enable_lora(rows="memory")` do not act."""
+    before, _rows.are_tokens = getattr(_rows, "are_tokens", False), True
+    try:
+        yield
+    finally:
+        _rows.are_tokens = before
+
+
 def has_lora(layer):
     """Whether a LoRA update belongs to the kernel of `layer`."""
     return getattr(layer, "lora_enabled", False)
+
+
+def is_for_memory(layer):
+    """Whether the LoRA update of `layer` acts on memory rows alone."""
+    return has_lora(layer) and getattr(layer, "_lora_rows", "all") == "memory"
+
+
+def is_updated(layer):
+    """Whether a LoRA update of `layer` acts on the rows that are computed now."""
+    return has_lora(layer) and not (is_for_memory(layer) and getattr(_rows, "are_tokens", False))
 
 
 def frozen_kernel(layer):
@@ -66,5 +91,5 @@ def call_dense(layer, x, axes=1):
     width = math.prod(features)
     rows = ops.reshape(cast(x, layer.compute_dtype), (-1, width))
     y = ops.matmul(rows, ops.reshape(kernel, (width, -1)))
-    y = ops.reshape(y + lora_update(layer, rows) if has_lora(layer) else y, (-1, *lead[1:], *out))
+    y = ops.reshape(y + lora_update(layer, rows) if is_updated(layer) else y, (-1, *lead[1:], *out))
     return y if bias is None else y + bias

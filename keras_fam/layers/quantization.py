@@ -6,6 +6,7 @@ its build config, because its own policy says nothing about them.
 
 import keras
 
+from keras_fam.layers.fast_call import is_for_memory
 from keras_fam.layers.mixture_of_experts import MixtureOfExperts
 
 CALIBRATED = ("gptq", "awq")
@@ -52,8 +53,15 @@ def quantize_sublayers(layer, quantized):
 
 
 def require_exact_kernels(layer):
-    """Raises ValueError if saving would merge a LoRA update into a quantized kernel, and round it again."""
+    """Raises ValueError if saving would merge a LoRA update into a quantized kernel, and round it again, or one for
+    memory rows alone into the kernel that tokens pass."""
     for path, part in leaves(layer).items():
+        if is_for_memory(part):
+            raise ValueError(
+                f"{path} of {layer.name} has a LoRA update for memory rows alone. In one file with the kernel it would "
+                "act on tokens, too. Save the model with `save_to_preset(folder)`, which keeps both, or the update "
+                "alone with `save_lora_weights(path)`."
+            )
         if getattr(part, "lora_enabled", False) and part.quantization_mode is not None:
             raise ValueError(
                 f"{path} of {layer.name} is quantized ({part.quantization_mode}) and has a LoRA update. Merging the "
@@ -83,7 +91,8 @@ class QuantizedSublayersMixin:
         """As `keras.Model.quantize`, for `"int8"`, `"int4"` and `"float8"` (for inference).
 
         Raises:
-            ValueError: for `"gptq"` and `"awq"`, and for a mixture of experts. The model is left unchanged.
+            ValueError: for `"gptq"` and `"awq"`, for a mixture of experts, and with LoRA on memory rows alone. The
+                model is left unchanged.
         """
         if mode in CALIBRATED:
             raise ValueError(
@@ -93,6 +102,11 @@ class QuantizedSublayersMixin:
         for layer in self._flatten_layers():
             if isinstance(layer, MixtureOfExperts):
                 layer.quantize(mode)
+            if is_for_memory(layer):
+                raise ValueError(
+                    f"{layer.name} has a LoRA update for memory rows alone, and Keras' quantized layers update all "
+                    f'rows; received mode={mode!r}. Quantize the model without LoRA, or use dtype="bfloat16".'
+                )
         return super().quantize(mode=mode, type_check=type_check, config=config, **kwargs)
 
     def get_build_config(self):

@@ -74,6 +74,8 @@ class TransformerFAMBlock(RecurrentLayer):
         "use_feedforward_bias", "feed_forward", "dropout",
     )  # fmt: skip
 
+    keeps_tokens_apart = True  # only memory rows pass `memory_output`, and what projects rows for it
+
     def __init__(
         self,
         num_query_heads: int,

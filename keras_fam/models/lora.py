@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021) on attention and feed-forward of every layer, for tokens and memory rows alike (Sec. 3.1).
+"""LoRA (Hu et al., 2021) on attention and feed-forward of every layer, for tokens and memory rows (Sec. 3.1).
 
 Keras' own layers hold the factors; `layers/fast_call.py` computes with them. This module chooses the layers, freezes
 the rest, and saves the factors to files of their own.
@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fam.layers.fast_call import is_for_memory, is_plain
 from keras_fam.ops.backend import refresh_torch_parameters
 from keras_fam.utils.atomic import replace_file
 
@@ -25,10 +26,19 @@ class LoRAMixin:
 
     _frozen_variables = ()
 
-    def enable_lora(self, rank: int, targets=("attention", "feed_forward"), *, alpha=None, train_memory: bool = True):
+    def enable_lora(
+        self, rank: int, targets=("attention", "feed_forward"), *, alpha=None, train_memory=True, rows="all"
+    ):
         """Freezes all weights and adds trainable low-rank updates, `W + alpha / rank · A·B` (Sec. 3.1 has rank 64).
 
-        Compile the model afterwards. An update acts on tokens and on memory rows, which pass the same weights.
+        Compile the model afterwards. An update acts on tokens and on memory rows, which pass the same weights; with
+        `rows="memory"` on memory rows alone (an addition of this package, after Compressed Context Memory, Kim et al.,
+        2023). Tokens then pass the weights as they are: while nothing of the memory is read, as behind a closed
+        `fam_gate`, outputs are those of the model before. Such updates cannot be merged.
+
+        ```python
+        lm.enable_lora(16, rows="memory")
+        ```
 
         Args:
             rank: r, a positive integer. Where a kernel has heads in its output (query, key, value), Keras' update has
@@ -38,11 +48,13 @@ class LoRAMixin:
             alpha: None means `rank`, so that the factor is 1.
             train_memory: whether what a plain Transformer lacks stays trainable: the first memory (the memory prompt,
                 or each layer's rows), and the weights of `fam_gate` and `memory_update`, where there are any.
+            rows: `"all"`, or `"memory"`.
 
         Raises:
             ValueError: for an invalid rank or name, if LoRA is already enabled, if a kernel is quantized in a mode
                 that LoRA does not support (int8 and int4 are supported), or if the feed-forward part of a layer is
-                asked for where it is a layer of its own (`feed_forward`). The model is left unchanged.
+                asked for where it is a layer of its own (`feed_forward`); for `rows="memory"` without a memory, on
+                quantized kernels, or in a `FeedbackMemoryBackbone`. The model is left unchanged.
         """
         backbone = backbone_of(self)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -63,6 +75,7 @@ class LoRAMixin:
                     f'{targets!r}; pass targets=["attention"].'
                 )
         chosen = [layer for name, layer in _candidates(backbone) if name.partition("/")[2] in names]
+        _check_rows(backbone, rows, chosen)
         modes = {layer.quantization_mode for layer in chosen} - {None, "int8", "int4"}
         if modes:
             raise ValueError(
@@ -77,6 +90,7 @@ class LoRAMixin:
         vars(backbone)["_frozen_variables"] = frozen
         for layer in chosen:
             layer.enable_lora(rank, lora_alpha=alpha)
+            vars(layer)["_lora_rows"] = rows
         refresh_torch_parameters(self)
 
     def lora_layers(self):
@@ -90,10 +104,16 @@ class LoRAMixin:
         What `enable_lora` froze is trainable again. Compile the model afterwards.
 
         Raises:
-            ValueError: without LoRA, or if a kernel is quantized (merge first, then quantize). The model is left
-                unchanged.
+            ValueError: without LoRA, if it acts on memory rows alone, or if a kernel is quantized (merge first, then
+                quantize). The model is left unchanged.
         """
         backbone, layers = backbone_of(self), self._with_lora()
+        if any(map(is_for_memory, layers.values())):
+            raise ValueError(
+                'The updates of `enable_lora(rows="memory")` act on memory rows alone; in the kernels they would act '
+                "on tokens, too, and change the outputs. Keep them apart: `save_lora_weights(path)` or "
+                "`save_to_preset(folder)`."
+            )
         for name, layer in layers.items():
             if layer.quantization_mode is not None:
                 raise ValueError(
@@ -122,7 +142,7 @@ class LoRAMixin:
 
         content, some = io.BytesIO(), next(iter(layers.values()))
         with h5py.File(content, "w") as file:
-            file.attrs.update(format=FORMAT, rank=some.lora_rank, alpha=float(some.lora_alpha))
+            file.attrs.update(format=FORMAT, rank=some.lora_rank, alpha=float(some.lora_alpha), rows=rows_of(some))
             for name, layer in layers.items():
                 file[f"lora/{name}/a"] = ops.convert_to_numpy(layer.lora_kernel_a)
                 file[f"lora/{name}/b"] = ops.convert_to_numpy(layer.lora_kernel_b)
@@ -144,10 +164,10 @@ class LoRAMixin:
         path, backbone = _checked_path(path), backbone_of(self)
         if not backbone.built:
             backbone.build()
-        rank, alpha, factors, memory = _read_file(path)
-        _check_file(backbone, path, rank, alpha, factors, memory)
+        settings, factors, memory = _read_file(path)
+        _check_file(backbone, path, settings, factors, memory)
         if not self.lora_layers():
-            self.enable_lora(rank, sorted({name.partition("/")[2] for name in factors}), alpha=alpha)
+            self.enable_lora(targets=sorted({name.partition("/")[2] for name in factors}), **settings)
         layers = self.lora_layers()
         for name, both in factors.items():
             layers[name].lora_kernel_a.assign(both["a"])
@@ -190,6 +210,32 @@ def learned_memory_weights(backbone):
     return [v for v in found if v is not None]
 
 
+def rows_of(layer):
+    """On which rows the LoRA update of `layer` acts: `"all"` or `"memory"`."""
+    return "memory" if is_for_memory(layer) else "all"
+
+
+def _check_rows(backbone, rows, chosen):
+    if rows not in ("all", "memory"):
+        raise ValueError(f'`rows` must be "all" or "memory"; received {rows!r}.')
+    if rows == "all":
+        return
+    if not backbone.fam_length:
+        raise ValueError('`rows="memory"` needs a memory; this model has `fam_length=0`. Pass rows="all".')
+    if not backbone.block_class.keeps_tokens_apart:
+        raise ValueError(
+            f'`rows="memory"` needs tokens that pass the weights as they are; in {backbone.block_class.__name__} their '
+            'outputs become keys of later blocks. Pass rows="all".'
+        )
+    modes = sorted({layer.quantization_mode for layer in chosen if not is_plain(layer)} - {None})
+    if any(not is_plain(layer) for layer in chosen):
+        raise ValueError(
+            f'`rows="memory"` needs kernels that are not quantized and of the dtype that they compute in; received '
+            f'{modes or chosen[0].dtype_policy.name}. Convert or load the model with dtype="float32" or '
+            '"bfloat16", or pass rows="all".'
+        )
+
+
 def _target_names(backbone, targets):
     known = {*GROUPS, *ATTENTION, *FEED_FORWARD}
     unknown = sorted(set(map(str, targets)) - known)
@@ -207,6 +253,7 @@ def _remove_factors(layer):
         layer._untrack_variable(getattr(layer, name))
         super(keras.layers.Layer, layer).__delattr__(name)  # the layer's own collects garbage, every time
     layer.lora_enabled = False
+    vars(layer).pop("_lora_rows", None)
     layer.lora_rank = layer.lora_alpha = None
 
 
@@ -221,7 +268,7 @@ def _checked_path(path):
 
 
 def _read_file(path):
-    """`(rank, alpha, factors, memory)`: factors by layer name, each a dict of arrays `a` and `b`."""
+    """`(settings, factors, memory)`: those of `enable_lora`; by layer name, a dict of arrays `a` and `b`; arrays."""
     import h5py
 
     try:
@@ -237,13 +284,14 @@ def _read_file(path):
                 for name, both in layers.items()
             }
             memory = [np.asarray(file[f"memory/{i}"]) for i in range(len(file.get("memory", ())))]
-            return int(file.attrs["rank"]), float(file.attrs["alpha"]), factors, memory
+            settings = {"rank": int(file.attrs["rank"]), "alpha": float(file.attrs["alpha"])}
+            return {**settings, "rows": file.attrs.get("rows", "all")}, factors, memory
     except OSError as error:
         raise ValueError(f"{path} cannot be read as an HDF5 file: {error}") from error
 
 
-def _check_file(backbone, path, rank, alpha, factors, memory):
-    enabled = backbone.lora_layers()
+def _check_file(backbone, path, settings, factors, memory):
+    enabled, rank = backbone.lora_layers(), settings["rank"]
     shapes = {name: (tuple(both["a"].shape), tuple(both["b"].shape)) for name, both in factors.items()}
     expected = {}
     for name, layer in _candidates(backbone):
@@ -257,10 +305,11 @@ def _check_file(backbone, path, rank, alpha, factors, memory):
                 f"model's {expected.get(name)}."
             )
     for name, layer in enabled.items():
-        if (layer.lora_rank, float(layer.lora_alpha)) != (rank, alpha):
+        here = {"rank": layer.lora_rank, "alpha": float(layer.lora_alpha), "rows": rows_of(layer)}
+        if here != settings:
             raise ValueError(
-                f"{path} has rank {rank} and alpha {alpha}; LoRA is enabled with rank {layer.lora_rank} and alpha "
-                f"{layer.lora_alpha} in {name}. Load it into a model without LoRA."
+                f"{path} has the settings {settings}; LoRA is enabled with {here} in {name}. Load it into a model "
+                "without LoRA."
             )
     here = [tuple(v.shape) for v in learned_memory_weights(backbone)]
     if here != [m.shape for m in memory]:

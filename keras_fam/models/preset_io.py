@@ -6,6 +6,7 @@ import pathlib
 
 import keras
 
+from keras_fam.layers.fast_call import is_for_memory
 from keras_fam.layers.quantization import quantize_sublayers, quantized_sublayers
 from keras_fam.models.lora import backbone_of
 from keras_fam.utils.atomic import replace_file
@@ -41,7 +42,7 @@ class PresetMixin:
             )
         if not backbone.built:
             backbone.build()
-        adapted = [layer for layer in backbone.lora_layers().values() if layer.quantization_mode is not None]
+        adapted = [x for x in backbone.lora_layers().values() if x.quantization_mode is not None or is_for_memory(x)]
         folder.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG, PREPROCESSOR, LORA):  # the config is written last: a folder without it is no preset
             (folder / name).unlink(missing_ok=True)

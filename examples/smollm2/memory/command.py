@@ -64,6 +64,7 @@ def parser():
     train.add_argument("--level-steps", type=int, default=30, help="steps at a level at least")
     train.add_argument("--step-tokens", type=int, default=0, help="tokens of a step at most; 0: by the device's memory")
     train.add_argument("--mixture", choices=["standard", "needle"], default="standard", help="what texts ask for")
+    train.add_argument("--lora-rows", choices=["all", "memory"], default="all", help="which rows LoRA acts on")
     train.add_argument("--rank", type=int, default=8, help="of LoRA; 0: all weights are trained, at the rate of LoRA")
     train.add_argument("--targets", nargs="+", default=["attention", "feed_forward"], help="what LoRA updates")
     train.add_argument("--rate", type=float, default=5e-4, help="learning rate of LoRA")

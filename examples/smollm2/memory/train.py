@@ -52,7 +52,7 @@ class Training:
         longest = {"remat": "layers", "scan_layers": True, "blocks_per_step": max(args.levels)}
         self.lm = build(prepared, {**self.config, **longest}, dtype=args.dtype, seed=args.seed, random=args.random)
         if args.rank:
-            self.lm.enable_lora(args.rank, tuple(args.targets))
+            self.lm.enable_lora(args.rank, tuple(args.targets), rows=args.lora_rows)
         rates = {"lora": args.rate, "weights": args.rate, "memory": args.memory_rate, "gate": args.gate_rate}
         self.learner = Learner(self.lm, rates)
         self.task = batches.make_task(prepared, args)
@@ -251,6 +251,7 @@ MODEL_ARGUMENTS = (
     "memory_update",
     "gate",
     "rank",
+    "lora_rows",
     "targets",
     "tiny",
     "mixture",
