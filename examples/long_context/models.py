@@ -107,23 +107,14 @@ def _from_preset(args):
         raise ValueError(f"{args.preset} has no tokenizer: save a model with a preprocessor.")
     if args.lora:
         fam.load_lora_weights(args.lora)
-    config = fam.backbone.get_config()
-    memory = [name for name in config if name.startswith("fam_")] + ["memory_update", "initial_fam"]
-    kept = {name: value for name, value in config.items() if name not in memory and name != "name"}
-    base = keras_fam.TransformerFAMCausalLM(
-        keras_fam.TransformerFAMBackbone(**{**kept, "fam_length": 0, "dtype": args.dtype})
-    )
-    base.build()
-    plain_model = load(args.preset, dtype=args.dtype)
-    _copy_shared(plain_model.backbone, base.backbone)
-    return Built(fam, base, None, fam.preprocessor.tokenizer, _novels(args))
+    before, config = load(args.preset, dtype=args.dtype), fam.backbone.get_config()
+    window = {name: config[name] for name in ("memory_segments", "attention_sinks")}
+    base = keras_fam.training.full_attention(before, 0, **window)
 
+    def full(length):
+        return keras_fam.training.full_attention(before, length + args.new_tokens)
 
-def _copy_shared(source, target):
-    """Copies the weights that a model without memory has, by path within the model."""
-    values = {variable.path.split("/", 1)[-1]: variable for variable in source.weights}
-    for variable in target.weights:
-        variable.assign(values[variable.path.split("/", 1)[-1]])
+    return Built(fam, base, full, fam.preprocessor.tokenizer, _novels(args), args.full)
 
 
 def _smollm2(args):
