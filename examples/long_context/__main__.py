@@ -69,13 +69,13 @@ def samples_of(args, task, length, built):
 def measure(args, task, length, built):
     """One cell: the mean score of each system, in percent, and what each of them said."""
     samples = samples_of(args, task, length, built)
-    systems = Systems(built.models(length), args.rows, args.tail, built.tokenizer, args.blocks_per_step)
+    rows = min(args.rows, len(samples))  # of different texts
+    systems = Systems(built.models(length), rows, args.tail, built.tokenizer, args.blocks_per_step)
     said, began = {name: [] for name in systems.names}, time.perf_counter()
     new = min(args.new_tokens, tasks.NEW_TOKENS[task])
-    for start in range(0, len(samples), args.rows):
-        some = samples[start : start + args.rows]
-        others = [sample for sample in samples if not any(sample is one for one in some)]
-        filled = [*some, *others][: args.rows]  # whole batches, of different texts
+    for start in range(0, len(samples), rows):
+        some = samples[start : start + rows]
+        filled = [*some, *samples[: rows - len(some)]]  # the last batch is filled with the first texts
         for name, texts in systems.complete([sample.ids for sample in filled], new).items():
             said[name] += texts[: len(some)]
     scores = {

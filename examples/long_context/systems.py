@@ -51,7 +51,7 @@ class Systems:
         """Completions of texts by every system.
 
         Args:
-            texts: list of int `[T]` arrays, at most `rows` of them, all different.
+            texts: list of `rows` int `[T]` arrays, all different.
             new_tokens: int, tokens of a completion at most.
             names: None (all), or the names of systems.
 
@@ -59,7 +59,6 @@ class Systems:
             dict from each name to a list of str.
         """
         names, found = self.names if names is None else names, {}
-        texts = [texts[i % len(texts)] for i in range(self.rows)]  # what is left over is read, and dropped by `zip`
         for name in (name for name in names if name not in MEMORY_SYSTEMS):
             scorer = self.scorers[name]
             state = scorer.read([ids[:-1] for ids in texts])
