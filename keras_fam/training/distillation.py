@@ -130,7 +130,7 @@ def full_attention(lm, max_tokens: int, **changes):
     teacher = TransformerFAMCausalLM(backbone, preprocessor=lm.preprocessor)
     teacher.build()
     for variable, source in shared_weights(teacher, lm):
-        variable.assign(ops.cast(source.value, variable.dtype))
+        variable.assign(ops.copy(ops.cast(source.value, variable.dtype)))  # `fit` may reuse the memory of the source
     teacher.trainable = False
     return teacher
 
