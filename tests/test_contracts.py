@@ -49,6 +49,16 @@ def test_attention_alone(initial_fam):
     assert set(keras_fam.check_streaming(layer, tokens=tokens)) == CONTRACTS
 
 
+@pytest.mark.parametrize("variant", ["fam", "bswa_m1"])
+def test_rows_without_tokens_may_stand_within_a_block(variant):
+    """`aligned` promises something of the rows with tokens alone; the others keep their state to the bit."""
+    layer, x = make(variant)[0], np.random.default_rng(0).normal(size=(2, 8, HIDDEN_DIM)).astype("float32")
+    _, state = layer.advance(x, layer.get_initial_state(2), lengths=np.array([6, 8]), aligned=True)
+    _, after = layer.advance(x, state, lengths=np.array([0, 8]), aligned=True)
+    for old, new in zip(keras.tree.flatten(state), keras.tree.flatten(after), strict=True):
+        assert np.array_equal(ops.convert_to_numpy(old)[0], ops.convert_to_numpy(new)[0])
+
+
 INPUTS = {"fam_query": "layer_inputs", "initial_fam": "summary", "memory_update": "hard_gate", "fam_gate": -1.0}
 
 

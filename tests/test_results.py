@@ -271,3 +271,12 @@ def test_server():
             assert sessions < 8 or one["ratio"] > 1, "batching wins"
         says(next(rows("server", f"{sessions} sessions")), values, digits=2)
     assert max(record["long_prompt"]["largest_steps"] for record in found) == 1
+
+
+def test_long_context():
+    found = recorded("long_context")
+    lines = (RESULTS / "long_context.md").read_text().splitlines()
+    for cell in found["cells"]:
+        start = f"| {cell['task']} | {cell['length']:,} |"
+        (line,) = (line for line in lines if line.startswith(start))
+        says(line.removeprefix(start).strip("|").split("|"), [100 * sum(x) / len(x) for x in cell["scores"].values()])

@@ -125,3 +125,44 @@ def test_a_comparison_names_options_of_the_command():
 
     for options in MEMORIES.values():
         assert parser().parse_args(["train", "--data", "folder", *SHARED, *options]).mixture == "needle"
+
+
+def test_book_tokens_are_weighed_by_what_long_context_is_worth(tmp_path):
+    options = ["--tiny", "--fam", "0", "--block", "16", "--long", "64", "--chunk", "2", "--tokens", "200"]
+    if keras.backend.backend() != "jax":
+        pytest.skip("the reader is JAX")
+    weights = main(["weigh", *options, "--out", str(tmp_path)])
+    prepared = Prepared()
+    assert len(weights) == len(prepared.train) and weights[1:193].mean() == pytest.approx(1, rel=1e-5)
+    assert not np.array_equal(weights[1:193], np.ones(192)) and (weights[193:] == 1).all()
+    prose = prepared.weighted(tmp_path / "worth.npz")
+    assert np.allclose(prose.weights, weights, rtol=1e-3) and np.array_equal(prose.token_ids, prepared.train.token_ids)
+
+
+@jax_only
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_model_that_equals_its_teacher_is_not_drawn_to_it(rank):
+    """Within one block, where the window is the whole text; with longer texts the distance grows, and is learned."""
+    import jax
+
+    import keras_fam
+    from examples.smollm2.memory.learner import Learner
+    from examples.smollm2.memory.prepared import build, read_config
+
+    args = parser().parse_args(["train", *SMALL[:3], "--block", "16", "--segments", "0", "--fam", "4"])
+    args.tiny = args.random = True
+    lm = build(Prepared(), read_config(Prepared(), args), dtype="float32", random=True)
+    if rank:
+        lm.enable_lora(rank)
+    rates = dict.fromkeys(("weights", "lora", "memory", "gate"), 1e-3)
+    teacher = keras_fam.training.full_attention(lm, 64)
+    learner = Learner(lm, rates, teacher=teacher, distill=2.0, longest=64)
+    plain = Learner(lm, rates)
+    ids = np.random.default_rng(0).integers(0, 256, (2, 64))
+    for tokens, close in ((16, True), (64, False)):
+        text, at = ids[:, :tokens], np.full((2, 3), tokens - 2)
+        batch = (text, at, text[:, -1:].repeat(3, 1), np.ones((2, 3), "float32"))
+        with_teacher, without = (float(one.evaluate(*batch)[0]) for one in (learner, plain))
+        assert (abs(with_teacher - without) < 1e-5) == close and with_teacher >= without - 1e-5
+    gradient = jax.grad(lambda values: learner.loss(values, learner.fixed, *batch)[0])(learner.values)
+    assert all(np.isfinite(g).all() for g in gradient)

@@ -2,6 +2,7 @@
 
 from keras_fam.data.document_rows import Document as Document
 from keras_fam.data.document_rows import DocumentRows as DocumentRows
+from keras_fam.data.long_context import long_context_weights as long_context_weights
 from keras_fam.data.packing import example as example
 from keras_fam.data.packing import pack as pack
 from keras_fam.data.packing import repeat_segment as repeat_segment

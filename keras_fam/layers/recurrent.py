@@ -145,7 +145,10 @@ class Recurrent(QuantizedSublayersMixin):
             state = where_rows(ops.cast(reset, "bool"), self.get_initial_state(ops.shape(x)[0]), state)
         if lengths is not None:
             lengths = ops.clip(ops.cast(lengths, "int32"), 0, ops.shape(x)[1])
+        before = state
         outputs, state = self._forward(x, state, "block" if aligned else "unaligned", lengths, training)
+        if lengths is not None and aligned:  # a row without tokens may stand within a block
+            state = where_rows(lengths > 0, state, before)
         if lengths is not None:
             real = indices(ops.shape(outputs)[1]) < ops.expand_dims(lengths, 1)
             outputs = ragged.zero_rows(outputs, real)

@@ -2,6 +2,7 @@
 
     python -m examples.smollm2.memory prepare                            # weights, texts, tokenizer, Python packages
     python -m examples.smollm2.memory read --data out/memory             # the untrained model over two million tokens
+    python -m examples.smollm2.memory weigh --data out/memory            # optional: for `train --weigh-books`
     python -m examples.smollm2.memory train --data out/memory --minutes 10
     python -m examples.smollm2.memory train --tiny --minutes 1           # everything at small size, on a CPU
 
@@ -55,6 +56,13 @@ def parser():
     read.add_argument("--dtype", default="float32")
     read.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/memory_run"))
 
+    weigh = commands.add_parser("weigh", help="what long context is worth to each token of the books", parents=[model])
+    weigh.add_argument("--long", type=int, default=4096, help="tokens of the long window")
+    weigh.add_argument("--tokens", type=int, default=0, help="0: all; the others get weight 1")
+    weigh.add_argument("--chunk", type=int, default=8, help="blocks read at a time")
+    weigh.add_argument("--dtype", default="float32")
+    weigh.add_argument("--out", type=pathlib.Path, help="where they are written; by default --data")
+
     train = commands.add_parser("train", help="trains and evaluates within so many minutes", parents=[model])
     train.add_argument("--minutes", type=float, default=10.0, help="of the whole command, once it has started")
     train.add_argument("--reserve", type=float, default=150.0, help="seconds of them for the evaluation")
@@ -65,6 +73,9 @@ def parser():
     train.add_argument("--step-tokens", type=int, default=0, help="tokens of a step at most; 0: by the device's memory")
     train.add_argument("--mixture", choices=["standard", "needle"], default="standard", help="what texts ask for")
     train.add_argument("--lora-rows", choices=["all", "memory"], default="all", help="which rows LoRA acts on")
+    train.add_argument("--weigh-books", action="store_true", help="book tokens by what long context is worth (`weigh`)")
+    train.add_argument("--distill", type=float, default=0.0, help="weight of the forward KL to its own full attention")
+    train.add_argument("--distill-tokens", type=int, default=8192, help="texts up to so many tokens are distilled")
     train.add_argument("--rank", type=int, default=8, help="of LoRA; 0: all weights are trained, at the rate of LoRA")
     train.add_argument("--targets", nargs="+", default=["attention", "feed_forward"], help="what LoRA updates")
     train.add_argument("--rate", type=float, default=5e-4, help="learning rate of LoRA")
@@ -93,6 +104,8 @@ def main(argv=None):
         from examples.smollm2.memory.prepare import prepare as run
     elif args.command == "read":
         from examples.smollm2.memory.read import read as run
+    elif args.command == "weigh":
+        from examples.smollm2.memory.weigh import weigh as run
     else:
         from examples.smollm2.memory.train import train as run
     return run(args)

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 
 from keras_fam.models.lora import learned_memory_weights
+from keras_fam.training import forward_kl
+from keras_fam.training.distillation import shared_weights
 
 GROUPS = ("weights", "lora", "memory", "gate")  # each with a rate of its own
 
@@ -38,9 +40,12 @@ class Learner:
         lm: `TransformerFAMCausalLM`, in the dtype that it computes in. With LoRA, its other weights are fixed.
         rates: dict from `GROUPS` to learning rates, of those groups that there are.
         clip: float, the largest global norm of a gradient.
+        teacher: None, or a model of `keras_fam.training.full_attention`: from the weights before training.
+        distill: float, the weight of its forward KL beside the loss.
+        longest: int, tokens of the longest text that the teacher reads.
     """
 
-    def __init__(self, lm, rates, clip=1.0):
+    def __init__(self, lm, rates, clip=1.0, teacher=None, distill=0.0, longest=8192):
         self.lm, self.clip = lm, clip
         self.trainable = lm.trainable_variables
         chosen = {id(v) for v in self.trainable}
@@ -51,6 +56,15 @@ class Learner:
         self.values = [jnp.copy(x) for x in self.initial]
         self.moments = [[jnp.zeros_like(x) for x in self.values] for _ in range(2)]
         self.fixed = [jnp.asarray(v.value) for v in self.frozen]
+        self.teacher, self.distill, self.longest = teacher, distill, longest
+        self.taught = []  # each weight of the teacher, and where among `fixed` its value is
+        if teacher is not None:
+            places = {id(v): i for i, v in enumerate(self.frozen)}
+            for variable, source in shared_weights(teacher, lm):
+                if id(source) not in places:  # a trained weight: what it is before training
+                    places[id(source)] = len(self.fixed)
+                    self.fixed.append(jnp.array(source.value))
+                self.taught.append((variable, places[id(source)]))
         self.steps, self._evaluate = 0, None
         # Shapes alone: a step hands the memory of its values on while another one is compiled.
         self.specs = jax.tree.map(
@@ -60,7 +74,7 @@ class Learner:
     def scope(self, values, fixed):
         """A Keras scope in which the model has these values."""
         return keras.StatelessScope(
-            state_mapping=[*zip(self.trainable, values, strict=True), *zip(self.frozen, fixed, strict=True)]
+            state_mapping=[*zip(self.trainable, values, strict=True), *zip(self.frozen, fixed, strict=False)]
         )
 
     def hidden(self, values, fixed, token_ids):
@@ -81,7 +95,20 @@ class Learner:
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - chosen
         right = jnp.argmax(logits, axis=-1) == targets
-        return jnp.sum(nats * weights) / jnp.maximum(jnp.sum(weights), 1e-6), (nats, right)
+        loss = jnp.sum(nats * weights) / jnp.maximum(jnp.sum(weights), 1e-6)
+        if self.teacher is not None and token_ids.shape[1] <= self.longest:
+            loss = loss + self.distill * self.distance(values, fixed, token_ids, hidden, positions.shape[1])
+        return loss, (nats, right)
+
+    def distance(self, values, fixed, token_ids, hidden, count):
+        """Mean forward KL from the teacher, in nats, at about `count` positions all over the texts."""
+        places = slice(None, None, max(1, token_ids.shape[1] // count))
+        mapping = [(variable, fixed[place]) for variable, place in self.taught]
+        with keras.StatelessScope(state_mapping=mapping):
+            theirs = self.teacher.backbone.call(token_ids)[:, places]
+            table = self.teacher.backbone.token_embedding.embeddings.value
+        theirs = jnp.einsum("...d,vd->...v", theirs, table, preferred_element_type="float32")
+        return jnp.mean(forward_kl(self.logits(values, fixed, hidden[:, places]), theirs))
 
     def update(self, values, moments, fixed, step, factor, *batch):
         """One step of Adam: the new values and moments, and what `loss` returned."""

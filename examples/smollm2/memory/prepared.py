@@ -16,6 +16,7 @@ from keras_fam.hub.weights import draw_memory
 
 PARTS = "model.gguf."  # and a number: the pieces of the weights' file
 WEIGHTS = "weights.npz"  # of another model, in their place
+WORTH = "worth.npz"  # what long context is worth to each token of the training prose, see `weigh.py`
 # A small model with random weights, for trials of the whole command on a CPU.
 TINY = {"vocabulary_size": 256, "num_layers": 2, "hidden_dim": 32, "num_query_heads": 4, "num_key_value_heads": 2}
 TINY |= {"head_dim": 8, "intermediate_dim": 64}
@@ -60,6 +61,16 @@ class Prepared:
                 "folders here."
             )
         return found[0]
+
+    def weighted(self, path=None):
+        """The training prose with loss weights for books, from a file of `weigh`.
+
+        Args:
+            path: None (the prepared folder's), or a path.
+        """
+        path = self._find(WORTH) if path is None else path
+        with np.load(path) as held:
+            return keras_fam.tasks.Prose(self.train.token_ids, self.train.gaps, held["weights"].astype("float32"))
 
     def arrays(self):
         """The model's weights by the names of `examples.smollm2.weights.read`."""

@@ -11,6 +11,7 @@ import time
 import keras
 import numpy as np
 
+import keras_fam
 from examples.smollm2.memory import batches, plan
 from examples.smollm2.memory.evaluate import Reader, evaluate
 from examples.smollm2.memory.learner import Learner
@@ -54,7 +55,13 @@ class Training:
         if args.rank:
             self.lm.enable_lora(args.rank, tuple(args.targets), rows=args.lora_rows)
         rates = {"lora": args.rate, "weights": args.rate, "memory": args.memory_rate, "gate": args.gate_rate}
-        self.learner = Learner(self.lm, rates)
+        teacher = None
+        if args.distill:
+            longest = min(args.distill_tokens, max(args.levels) * args.block)
+            teacher = keras_fam.training.full_attention(self.lm, longest, scan_layers=True, remat="layers")
+        self.learner = Learner(self.lm, rates, teacher=teacher, distill=args.distill, longest=args.distill_tokens)
+        if args.weigh_books:
+            prepared.train = prepared.weighted()
         self.task = batches.make_task(prepared, args)
         self.levels, self.level = list(args.levels), 0
         self.step_tokens = args.step_tokens or min(plan.largest_step(self.config, plan.device_bytes()), 65_536)
@@ -255,6 +262,7 @@ MODEL_ARGUMENTS = (
     "targets",
     "tiny",
     "mixture",
+    "distill",
 )
 
 

@@ -1,0 +1,1 @@
+"""Long-context tasks that others know, for models with and without memory: `python -m examples.long_context`."""
