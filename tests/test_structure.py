@@ -18,6 +18,7 @@ ORDER = [
     *("distribution", "models", "baselines", "training", "data", "testing", "evaluation", "export", "serve", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/processes.py", "ops/torch_graph.py", "ops/scan.py", "ops/attention.py"}
+BACKEND_PLACES.add("distribution/fully_sharded.py")  # torch alone
 BACKENDS = {"jax", "torch", "tensorflow"}
 
 

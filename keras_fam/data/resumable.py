@@ -120,8 +120,10 @@ class ResumableDataset(keras.utils.PyDataset):
         Here, that of shard 0, without its number: it can be loaded by as many shards. `DocumentRows` can do more.
         """
         first = states[0]
-        shard = first["settings"].get("shard")
-        return first if shard is None or len(states) == 1 else {**first, "settings": {**first["settings"], "shard": [None, shard[1]]}}
+        settings = first["settings"]
+        if len(states) == 1 or "shard" not in settings:
+            return first
+        return {**first, "settings": {**settings, "shard": [None, settings["shard"][1]]}}
 
     def part_of(self, state):
         """The part of a merged position that belongs to this shard; another position as it is."""

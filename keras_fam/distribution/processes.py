@@ -24,11 +24,16 @@ def gather_rows(structure):
     if sees_all_rows():
         return keras.tree.map_structure(whole_value, structure)
 
-    def gather(x):
-        parts = gather_arrays(whole_value(x))
-        return parts.reshape(-1, *parts.shape[2:])
-
-    return keras.tree.map_structure(gather, structure)
+    leaves = [whole_value(x) for x in keras.tree.flatten(structure)]
+    if not leaves:
+        return structure
+    data = b"".join(np.ascontiguousarray(x).tobytes() for x in leaves)  # one message for all of them
+    parts, whole, start = gather_arrays(np.frombuffer(data, "uint8")), [], 0
+    for x in leaves:
+        of_each = parts[:, start : start + x.nbytes]
+        whole.append(np.concatenate([np.frombuffer(part.tobytes(), x.dtype).reshape(x.shape) for part in of_each]))
+        start += x.nbytes
+    return keras.tree.pack_sequence_as(structure, whole)
 
 
 def own_rows(structure):

@@ -135,7 +135,17 @@ def whole_value(x):
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return ops.convert_to_numpy(x)
+    return ops.convert_to_numpy(x.read_value() if hasattr(x, "read_value") else x)  # a variable of a strategy
+
+
+def sum_of_processes(array):
+    """The sum of a NumPy array over all processes, where each counts its own rows (torch); else the array."""
+    return gather_arrays(array).sum(axis=0) if keras.backend.backend() == "torch" else array
+
+
+def share_of_process(array):
+    """An equal share of a sum over all processes, where each counts its own rows (torch); else the array."""
+    return array / process_shard()[1] if keras.backend.backend() == "torch" else array
 
 
 def gather_arrays(array):
@@ -222,9 +232,9 @@ def for_worker(dataset, model):
 
 def first_batch(iterator, model):
     """The first batch that an epoch iterator of Keras gives this worker."""
-    for _, _, batches in iterator:
-        local = model.distribute_strategy.experimental_local_results
-        return keras.tree.map_structure(lambda x: local(x)[0], next(batches))
+    local = model.distribute_strategy.experimental_local_results
+    _, _, batches = next(iter(iterator))
+    return keras.tree.map_structure(lambda x: local(x)[0], next(batches))
 
 
 # Helpers ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ import numpy as np
 from keras import ops
 
 from keras_fam.distribution.processes import agree_on_file, gather_position, gather_rows, own_rows
-from keras_fam.ops.processes import in_first_process, process_shard, scope_of, whole_value
+from keras_fam.ops.processes import (
+    in_first_process,
+    process_shard,
+    scope_of,
+    share_of_process,
+    sum_of_processes,
+    whole_value,
+)
 from keras_fam.training.dataset_position import DatasetPosition
 from keras_fam.training.process_training import ProcessTraining
 from keras_fam.utils import safetensors_file
@@ -114,12 +121,13 @@ class SaveProgress(DatasetPosition):
         getattr(trainer, "jax_state_sync", lambda: None)()
         groups = {"model": _variables(trainer), "metrics": trainer.metrics_variables if metrics else []}
         with scope_of(trainer):
-            own, arrays = {id(v) for v in _own_rows(trainer)}, {}
+            own = _own_rows(trainer)
+            rows = dict(zip(map(id, own), gather_rows([v.value for v in own]), strict=True))
+            known, arrays = {**rows, **self._trained_weights}, {}
             for group, variables in groups.items():
                 for i, v in enumerate(variables):
-                    kept = self._trained_weights.get(id(v))
-                    value = _value(v) if kept is None else kept
-                    arrays[f"{group}.{i:04d}"] = gather_rows(value) if id(v) in own else value
+                    value = known[id(v)] if id(v) in known else _value(v)
+                    arrays[f"{group}.{i:04d}"] = value if group == "model" else sum_of_processes(value)
             place = json.dumps(gather_position(self.dataset, self.taken))
             fields = {"content": _CONTENT, "epoch": str(self._epoch), "dataset": place}
             in_first_process(lambda: self._write(arrays, fields))
@@ -164,7 +172,7 @@ class SaveProgress(DatasetPosition):
         _assign(variables, groups["model"], self.path)
         if trainer is not self._trained:
             self._trained.set_state(trainer.state)
-        self._metrics = groups["metrics"] or None
+        self._metrics = [share_of_process(value) for value in groups["metrics"]] or None
         return int(fields["epoch"])
 
     def fit(self, epochs, callbacks=(), **kwargs):
