@@ -49,10 +49,13 @@ def wrapped(lm, kind, advance=False):
     return DistributedDataParallel(Advance(lm) if advance else lm)
 
 
-def optimizer_of(module, rate, momentum=0.0):
+def optimizer_of(module, lm, rate, momentum=0.0):
+    """SGD on the trainable weights in the order of the model's variables, whether they are whole or in parts."""
     import torch
 
-    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], rate, momentum=momentum)
+    whole = [variable.value for variable in lm.trainable_variables]
+    parameters = module.parameters() if hasattr(module, "whole_weights") else whole
+    return torch.optim.SGD(parameters, rate, momentum=momentum)
 
 
 def step(optimizer, logits, targets, weights=None):
@@ -82,7 +85,7 @@ def passing(steps, kind):
 
     lm = make_lm(random_state_passing=work.RATE)
     module = wrapped(lm, kind)
-    optimizer, losses = optimizer_of(module, 0.5), []
+    optimizer, losses = optimizer_of(module, lm, 0.5), []
     for batch in work.own_batches(steps):
         ids = torch.as_tensor(batch)
         losses.append(step(optimizer, module(ids[:, :-1], training=True), ids[:, 1:]))
@@ -112,7 +115,7 @@ def carried(until, kind, path=None):
         state = keras.tree.map_structure(lambda x: torch.as_tensor(np.array(x)), own)
         rows.load_state_dict(saved["position"])
     module = wrapped(lm, kind, advance=True)
-    optimizer, losses = optimizer_of(module, 0.1, MOMENTUM), []
+    optimizer, losses = optimizer_of(module, lm, 0.1, MOMENTUM), []
     if saved:
         optimizer.load_state_dict(in_parts(saved["optimizer"], optimizer))
     while rows.position < until:

@@ -83,10 +83,10 @@ def from_first(tensors):
 
         def of_first(x):
             whole = tf.cast(x, "int32" if x.dtype.is_bool else x.dtype)
-            return tf.where(tf.equal(index, 0), whole, tf.zeros_like(whole))
+            told = tf.where(tf.equal(index, 0), whole, tf.zeros_like(whole))
+            return tf.cast(tf.distribute.get_replica_context().all_reduce("SUM", told), x.dtype)
 
-        found = tf.distribute.get_replica_context().all_reduce("SUM", [of_first(x) for x in tensors])
-        return [tf.cast(new, x.dtype) for new, x in zip(found, tensors, strict=True)]
+        return [of_first(x) for x in tensors]
     return [_torch_broadcast(x) for x in tensors]
 
 
