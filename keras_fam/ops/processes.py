@@ -42,11 +42,11 @@ def process_shard():
         return jax.process_index(), jax.process_count()
     if backend == "tensorflow":
         strategy = _strategy()
-        resolver = getattr(strategy, "cluster_resolver", None)
-        if not _many_workers(strategy):
+        if _num_workers(strategy) == 1:
             return 0, 1
+        resolver = strategy.cluster_resolver
         chief = len(resolver.cluster_spec().as_dict().get("chief", ()))
-        return resolver.task_id + (chief if resolver.task_type == "worker" else 0), strategy.extended._num_workers
+        return resolver.task_id + (chief if resolver.task_type == "worker" else 0), _num_workers(strategy)
     group = _torch_group()
     return (0, 1) if group is None else (group.get_rank(), group.get_world_size())
 
@@ -213,14 +213,15 @@ def scope_of(model):
 
 def has_many_workers(model):
     """Whether `model` was made in the scope of a `MultiWorkerMirroredStrategy` with several workers."""
-    return keras.backend.backend() == "tensorflow" and _many_workers(model.distribute_strategy)
+    return keras.backend.backend() == "tensorflow" and _num_workers(model.distribute_strategy) > 1
 
 
-def has_many_replicas(model):
-    """Whether `model` has several replicas in this process (`MirroredStrategy`)."""
+def replicas_here(model):
+    """How many replicas `model` has in this process: more than one in the scope of a `MirroredStrategy`."""
     if keras.backend.backend() != "tensorflow":
-        return False
-    return len(model.distribute_strategy.extended.worker_devices) > 1
+        return 1
+    strategy = model.distribute_strategy
+    return strategy.num_replicas_in_sync // _num_workers(strategy)
 
 
 def for_worker(dataset, model):
@@ -246,8 +247,8 @@ def _strategy():
     return tf.distribute.get_strategy()
 
 
-def _many_workers(strategy):
-    return getattr(strategy.extended, "_num_workers", 1) > 1
+def _num_workers(strategy):
+    return getattr(strategy.extended, "_num_workers", 1)
 
 
 def _torch_group():

@@ -10,7 +10,7 @@ from keras import ops
 from keras_fam.distribution.state_sharding import state_variables
 from keras_fam.layers.recurrent import check_padding_mask
 from keras_fam.ops.backend import wait_for
-from keras_fam.ops.processes import has_many_replicas
+from keras_fam.ops.processes import replicas_here
 from keras_fam.state import map_specs, where_rows
 from keras_fam.training.batches import unpack
 from keras_fam.training.callback_model import of_the_model
@@ -43,10 +43,10 @@ class StatefulTrainer(ProcessTraining, keras.Model):
         # The policy, so that `compile` scales the loss of a float16 model; the model casts for itself.
         super().__init__(name=f"{model.name}_with_state", dtype=model.dtype_policy, autocast=False)
         vars(self)["user_model"] = model if isinstance(model, keras.Model) else None  # untracked: `wrapped` is tracked
-        if has_many_replicas(self):
+        if replicas_here(self) > 1:
             raise ValueError(
                 "On TensorFlow, a state is carried by one device per process; the strategy has "
-                f"{len(self.distribute_strategy.extended.worker_devices)} in this one. Use MultiWorkerMirroredStrategy "
+                f"{replicas_here(self)} in this one. Use MultiWorkerMirroredStrategy "
                 "with a process for each device."
             )
         self.wrapped, self.rows, self.block_size, self.aligned = model, batch_size, block_size, aligned
