@@ -87,6 +87,9 @@ def main(argv=None):
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="a multiple of 3")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument(
+        "--variants", nargs="+", help="ways of training; all that the engine's module knows if not given"
+    )
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each of the three starts")
     parser.add_argument("--json", type=pathlib.Path, help="a file to record losses and differences in")
     args = parser.parse_args(argv)
@@ -94,7 +97,7 @@ def main(argv=None):
         parser.error("--steps must be a multiple of 3")
     os.environ["KERAS_BACKEND"] = args.engine
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--layers", str(args.layers)]
+        options = ["--layers", str(args.layers), *(["--variants", *args.variants] if args.variants else [])]
         one, many = runs(args.engine, args.processes, args.steps, options, pathlib.Path(folder), timeout=args.timeout)
     largest = {variant: differences(one, found) for variant, found in many.items()}
     for variant, found in many.items():

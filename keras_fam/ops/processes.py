@@ -187,16 +187,16 @@ def gather_objects(value):
 
 
 def in_first_process(function):
-    """Calls `function()` in process 0; no process goes on before it is done, and its OSError is raised in all."""
-    message = None
+    """Calls `function()` in process 0. No process goes on before that; where it raises, the others get OSError."""
+    failed = None
     if process_shard()[0] == 0:
         try:
             function()
-        except OSError as error:
-            if process_shard()[1] == 1:
-                raise
-            message = f"{type(error).__name__}: {error}"
-    message = gather_objects(message)[0]
+        except Exception as error:  # told to the others, which wait here
+            failed = error
+    message = gather_objects(None if failed is None else f"{type(failed).__name__}: {failed}")[0]
+    if failed is not None:
+        raise failed
     if message is not None:
         raise OSError(f"Process 0 could not write. {message}")
 
