@@ -225,9 +225,13 @@ def test_exactness():
 
 def test_several_processes():
     """The table has what was recorded of each engine and variant, all of it equal to 5 decimals."""
-    names = {"JAX, `ModelParallel`": ("jax", "model"), "JAX, `DataParallel`": ("jax", "data"),
-             "PyTorch, Keras": ("torch", "fit"), "PyTorch, `Dist": ("torch", "ddp"), "PyTorch, FSDP": ("torch", "fsdp"),
-             "TensorFlow, `Multi": ("tensorflow", "fit")}  # fmt: skip
+    names = {
+        "JAX, `ModelParallel`": ("jax", "model"),
+        "PyTorch, Keras": ("torch", "fit"),
+        "PyTorch, `Dist": ("torch", "ddp"),
+        "PyTorch, FSDP": ("torch", "fsdp"),
+        "TensorFlow, `Multi": ("tensorflow", "fit"),
+    }
     for (engine, variant), cells in zip(names.values(), rows("exactness", *names), strict=True):
         record = recorded(f"processes_{engine}")
         found, one = record["largest_difference"][variant], record["losses"]["one process"]
