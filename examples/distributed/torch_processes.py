@@ -1,7 +1,8 @@
 """One process of a training on PyTorch: Keras' `fit`, DistributedDataParallel, or FSDP, as each machine would run it.
 
+    python -m examples.distributed.torch_processes --folder SHARED --addresses HOST_0:1234,HOST_1:1234 --process 0
     torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        -m examples.distributed.torch_processes --folder SHARED --variants ddp
+        -m examples.distributed.torch_processes --folder SHARED --variants ddp    # the same, on every machine
 
 `python -m examples.distributed.processes torch` starts two on this machine and compares them with one. A Keras model is
 a `torch.nn.Module`, so DDP wraps it; FSDP needs `keras_fam.distribution.fully_shard`.
