@@ -19,10 +19,11 @@ import tempfile
 
 import numpy as np
 
-from examples.distributed.common import DECIMALS, TRAINED, same_to
+from examples.distributed.common import DECIMALS, same_to
 from examples.distributed.starting import start
 
 MODULES = {"jax": "jax_processes", "torch": "torch_processes", "tensorflow": "tf_processes"}
+LEFT = 1e-3  # rounding errors grow in a memory that is passed on from step to step; another row's is of another size
 COMPARED = ("training, RSP 0.5", "after: passed memory", "training, carried state", "after: carried state")
 
 
@@ -62,8 +63,8 @@ def differences(one, found):
 
 
 def agree(largest):
-    """Whether losses agree to `DECIMALS` decimals and what training left to `TRAINED`."""
-    return all(d <= (TRAINED if what.startswith("after") else same_to(DECIMALS)) for what, d in largest.items())
+    """Whether losses agree to `DECIMALS` decimals, and memory and state after training to `LEFT`."""
+    return all(d <= (LEFT if what.startswith("after") else same_to(DECIMALS)) for what, d in largest.items())
 
 
 def show(variant, processes, one, found, largest):
