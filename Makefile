@@ -53,11 +53,13 @@ smollm2-lora: $(VENV)/.smollm2
 notebook-pretrained: $(VENV)/.smollm2
 	KERAS_BACKEND=$(BACKEND) $(RUN) examples.notebooks.run examples/notebooks/pretrained.ipynb $(ARGS)
 
-# Losses and streams over several (simulated) devices against one, on the three backends.
+# Losses and streams over several (simulated) devices against one, and over two processes, on the three backends.
 distributed: $(VENV)/.all
 	$(RUN) examples.distributed.jax_distribution
-	$(RUN) examples.distributed.torch_ddp
 	$(RUN) examples.distributed.tf_mirrored
+	$(RUN) examples.distributed.processes jax
+	$(RUN) examples.distributed.processes torch
+	$(RUN) examples.distributed.processes tensorflow
 
 # Compiles the paper's models for TPUs; nothing is executed, so no TPU is needed. libtpu has an environment of its own:
 # where it is installed, JAX looks for a TPU at every start.

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -220,6 +221,25 @@ def test_exactness():
             assert found[f"contract {name}"] == 0
         for name, difference in found.items():
             assert difference <= (1e-10 if name.startswith("float64") else 1e-5), name
+
+
+def test_several_processes():
+    """The table has what was recorded of each engine and variant, all of it equal to 5 decimals."""
+    names = {
+        "JAX, `ModelParallel`": ("jax", "model"),
+        "PyTorch, Keras": ("torch", "fit"),
+        "PyTorch, `Dist": ("torch", "ddp"),
+        "PyTorch, FSDP": ("torch", "fsdp"),
+        "TensorFlow, `Multi": ("tensorflow", "fit"),
+    }
+    for (engine, variant), cells in zip(names.values(), rows("exactness", *names), strict=True):
+        record = recorded(f"processes_{engine}")
+        found, one = record["largest_difference"][variant], record["losses"]["one process"]
+        expected = [found[name] for name in ("training, RSP 0.5", "training, carried state", "resumed")]
+        assert [float(cell) for cell in cells] == pytest.approx(expected, rel=0.06, abs=0), (engine, variant)
+        assert record["same"] and max(expected) <= 0.5e-5
+        resumed = np.asarray(record["losses"][variant]["resumed"])
+        assert np.abs(resumed - one["training, carried state"]).max() == pytest.approx(found["resumed"], abs=1e-9)
 
 
 def test_accelerators():

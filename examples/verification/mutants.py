@@ -94,6 +94,21 @@ MUTANTS = (
         "test_model",
     ),
     Mutant(
+        "every process draws the rows of the first",
+        "layers/random_state_passing.py",
+        "ops.slice(draw, [shard * batch_size], [batch_size])",
+        "ops.slice(draw, [0], [batch_size])",
+        "test_processes",
+    ),
+    Mutant(
+        "every process resumes the rows of the first",
+        "distribution/processes.py",
+        "x[index * size : (index + 1) * size]",
+        "x[:size]",
+        "test_processes",
+        ("torch", "tensorflow"),
+    ),
+    Mutant(
         "another row is reset",
         "layers/recurrent.py",
         'state = where_rows(ops.cast(reset, "bool"), ',

@@ -165,6 +165,30 @@ class DocumentRows(ResumableDataset):
         self._longest = saved["longest"]
         self._places = {int(number): np.array(saved["rows"], "int64")}
 
+    @staticmethod
+    def merge_states(states):
+        """The position of a dataset with the rows of all shards, from `state_dict` of each shard in order."""
+        first, shards = states[0], [state["settings"]["shard"] for state in states]
+        if len(states) == 1:
+            return first
+        if shards != [[i, len(states)] for i in range(len(states))]:
+            raise ValueError(
+                f"Process i of n reads shard (i, n) of a dataset. Received: shards {shards}. Make it with "
+                "shard=keras_fam.distribution.process_shard()."
+            )
+        settings = {**first["settings"], "batch_size": first["settings"]["batch_size"] * len(states), "shard": [0, 1]}
+        return {**first, "settings": settings, "rows": [row for state in states for row in state["rows"]]}
+
+    def part_of(self, state):
+        """This shard's part of the position of a dataset with the rows of all shards; another position as it is."""
+        index, count = self.shard
+        settings = state.get("settings") or {}
+        whole = {**self.settings(), "batch_size": self.batch_size * count, "shard": [0, 1]}
+        if count == 1 or settings != whole:
+            return state
+        rows = state["rows"][index * self.batch_size : (index + 1) * self.batch_size]
+        return {**state, "settings": self.settings(), "rows": rows}
+
     # Places -----------------------------------------------------------------------------------------------------
 
     def _start(self):

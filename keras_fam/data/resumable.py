@@ -98,11 +98,12 @@ class ResumableDataset(keras.utils.PyDataset):
         return {"position": number, "settings": self.settings(), **self.saved(number)}
 
     def load_state_dict(self, state):
-        """Moves to a position that `state_dict` returned.
+        """Moves to a position that `state_dict` or `keras_fam.distribution.gather_position` returned.
 
         Raises:
             ValueError: if it belongs to a dataset with other settings. This dataset is then unchanged.
         """
+        state = self.part_of(state)
         own, theirs = self.settings(), state.get("settings")
         if own != theirs:
             raise ValueError(
@@ -111,6 +112,25 @@ class ResumableDataset(keras.utils.PyDataset):
             )
         self.restore(state["position"], {k: v for k, v in state.items() if k not in ("position", "settings")})
         self.position = int(state["position"])
+
+    @staticmethod
+    def merge_states(states):
+        """The position of one whole dataset, from `state_dict` of each of its shards in order.
+
+        Here, that of shard 0, without its number: it can be loaded by as many shards. `DocumentRows` can do more.
+        """
+        first = states[0]
+        settings = first["settings"]
+        if len(states) == 1 or "shard" not in settings:
+            return first
+        return {**first, "settings": {**settings, "shard": [None, settings["shard"][1]]}}
+
+    def part_of(self, state):
+        """The part of a merged position that belongs to this shard; another position as it is."""
+        settings, own = state.get("settings") or {}, self.settings().get("shard")
+        if own is None or settings.get("shard") != [None, own[1]]:
+            return state
+        return {**state, "settings": {**settings, "shard": own}}
 
     def to_tf_dataset(self, fixed_length=True):
         """The batches from `position` to the end of the epoch, as a `tf.data.Dataset`.

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_fam.ops.processes import agree, from_first, row_shard
+
 Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
@@ -11,8 +13,13 @@ class RandomStatePassing(keras.layers.Layer):
     """Keeps row 0's final memory of every layer, and hands it to a random part of the next step's rows.
 
     The memory is held in non-trainable weights, so it is saved with the model. It is detached: no gradient crosses
-    training steps. Over several devices, the first replica's memory is the one that is kept; under torch's DDP the
-    training loop sends it to the other processes (`examples/distributed/torch_ddp.py`).
+    training steps.
+
+    Over several devices or processes, each training step does what one device does with all rows: the memory that is
+    kept is that of row 0 of process 0, and rows are drawn by their numbers among all rows, from the state of one seed
+    generator, which is a weight too. So a run may be resumed by another number of processes. All processes take each
+    training step together (under torch, all of the default process group; see
+    `keras_fam.distribution.independent_processes`), with equal numbers of rows.
 
     Args:
         rate: p, the probability that a row starts from the kept memory instead of the learned one (0.8 in the paper).
@@ -60,8 +67,12 @@ class RandomStatePassing(keras.layers.Layer):
         return self.rate if self.steps is None else self.rate(self.steps.value)
 
     def choose(self, batch_size):
-        """bool `[B]`: the rows that start from the kept memory; none before the first `keep`."""
-        draw = keras.random.uniform((batch_size,), seed=self.seed_generator)
+        """bool `[B]`: the rows of this process that start from the kept memory; none before the first `keep`."""
+        shard, count = row_shard()
+        agree([self.seed_generator.state])
+        draw = keras.random.uniform((batch_size * count,), seed=self.seed_generator)
+        if count > 1:  # as in one process with all rows: each takes its own
+            draw = ops.slice(draw, [shard * batch_size], [batch_size])
         return ops.logical_and(draw < self.current_rate, self.filled)
 
     def keep(self, fams, written):
@@ -72,6 +83,7 @@ class RandomStatePassing(keras.layers.Layer):
             written: bool scalar, whether row 0 wrote a memory in this step; if not, the old one stays.
         """
         memory = ops.stop_gradient(ops.stack([fam[0] for fam in fams], axis=0))
+        memory, written = from_first([memory, written])
         self.memory.assign(ops.where(written, ops.cast(memory, self.memory.dtype), self.memory.value))
         self.filled.assign(ops.logical_or(self.filled.value, written))
         if self.steps is not None:

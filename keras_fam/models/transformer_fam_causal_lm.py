@@ -9,11 +9,12 @@ from keras_fam.models.text_inputs import TextTask
 from keras_fam.models.token_inputs import TokenInputs
 from keras_fam.models.transformer_fam_backbone import TransformerFAMBackbone
 from keras_fam.training.checked_inputs import CheckedInputs
+from keras_fam.training.process_training import ProcessTraining
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
 class TransformerFAMCausalLM(
-    GenerationMixin, LoRAMixin, PresetMixin, TextTask, CheckedInputs, TokenInputs, keras.Model
+    GenerationMixin, LoRAMixin, PresetMixin, TextTask, CheckedInputs, TokenInputs, ProcessTraining, keras.Model
 ):
     """A language model over a stream of any length: token ids `[B, T]` to logits `[B, T, V]`.
 

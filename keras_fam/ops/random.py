@@ -4,14 +4,24 @@ import keras
 from keras import ops
 
 from keras_fam.ops.backend import GivenSeed, wait_for
+from keras_fam.ops.processes import row_shard
+
+_BETWEEN_SHARDS = 15_485_863  # so many draws can a generator make before it repeats those of the next shard
 
 
 def next_seed(generator, x):
-    """The next seed `[2]` of a `SeedGenerator` in a step that reads `x`; None without a generator."""
+    """The next seed `[2]` of a `SeedGenerator` in a step that reads `x`; None without a generator.
+
+    Where processes or replicas see rows of their own, their seeds differ.
+    """
     if generator is None:
         return None
     with wait_for(x):
-        return generator.next()
+        seed = generator.next()
+    shard, count = row_shard()
+    if count == 1:
+        return seed
+    return ops.cast(seed, "int32") + ops.stack([0, ops.cast(shard, "int32") * _BETWEEN_SHARDS])
 
 
 def fold_in(seed, index):

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_fam.ops.backend import compiled, runs_eagerly
+from keras_fam.ops.processes import whole_value
 from keras_fam.ops.programs import programs_of
 from keras_fam.ops.token_ids import check_ids_of
 from keras_fam.state import check_finite, check_structure, replace_rows, select_rows
@@ -273,9 +274,9 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
             if tuple(np.shape(next_logits)) != expected:
                 raise ValueError(f"`next_logits` has shape {expected}; received {tuple(np.shape(next_logits))}.")
             logits = ops.cast(next_logits, "float32") if expected else ()
-        blocks = ops.convert_to_numpy(state.position.block_index).astype("int64")
+        blocks = whole_value(state.position.block_index).astype("int64")
         position = self.position.copy()
-        position[rows] = blocks * self.block_size + ops.convert_to_numpy(state.position.offset)
+        position[rows] = blocks * self.block_size + whole_value(state.position.offset)
         self._replace(rows, state, logits)
         self.position = position
 

@@ -1,5 +1,6 @@
 """`SaveProgress`: training that resumes at any batch."""
 
+import itertools
 import json
 import os
 
@@ -7,7 +8,17 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fam.distribution.processes import agree_on_file, gather_position, gather_rows, own_rows
+from keras_fam.ops.processes import (
+    in_first_process,
+    process_shard,
+    scope_of,
+    share_of_process,
+    sum_of_processes,
+    whole_value,
+)
 from keras_fam.training.dataset_position import DatasetPosition
+from keras_fam.training.process_training import ProcessTraining
 from keras_fam.utils import safetensors_file
 
 _CONTENT = "training progress"
@@ -27,6 +38,10 @@ class SaveProgress(DatasetPosition):
     at any time. (Keras' `BackupAndRestore` resumes at an epoch, with neither the states of seed generators nor the
     position of the data.) Not saved: what other callbacks hold, such as the average of `SwapEMAWeights` or the patience
     of `EarlyStopping`, and the state of generators that the model does not own.
+
+    Where several processes train together, all of them make one and call it alike; process 0 writes. The file holds the
+    carried state of all rows and the position of one whole dataset, so that another number of processes, which divides
+    the rows, may resume from it, as far as the dataset allows (`DocumentRows` does). All processes read the file.
 
     Args:
         path: the file; its folder is created if necessary.
@@ -105,13 +120,19 @@ class SaveProgress(DatasetPosition):
         trainer = self._trainer
         getattr(trainer, "jax_state_sync", lambda: None)()
         groups = {"model": _variables(trainer), "metrics": trainer.metrics_variables if metrics else []}
-        arrays = {}
-        for group, variables in groups.items():
-            for i, v in enumerate(variables):
-                kept = self._trained_weights.get(id(v))
-                arrays[f"{group}.{i:04d}"] = _value(v) if kept is None else kept
-        place = json.dumps(self.dataset.state_dict(self.taken))
-        fields = {"content": _CONTENT, "epoch": str(self._epoch), "dataset": place}
+        with scope_of(trainer):
+            own = _own_rows(trainer)
+            rows = dict(zip(map(id, own), gather_rows([v.value for v in own]), strict=True))
+            known, arrays = {**rows, **self._trained_weights}, {}
+            for group, variables in groups.items():
+                for i, v in enumerate(variables):
+                    value = known[id(v)] if id(v) in known else _value(v)
+                    arrays[f"{group}.{i:04d}"] = value if group == "model" else sum_of_processes(value)
+            place = json.dumps(gather_position(self.dataset, self.taken))
+            fields = {"content": _CONTENT, "epoch": str(self._epoch), "dataset": place}
+            in_first_process(lambda: self._write(arrays, fields))
+
+    def _write(self, arrays, fields):
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         safetensors_file.write(self.path, arrays, fields)
 
@@ -124,9 +145,14 @@ class SaveProgress(DatasetPosition):
             int, the epoch to resume with (`initial_epoch` of `fit`); 0 without a file.
 
         Raises:
-            ValueError: if the file is damaged, not written by `SaveProgress`, or of another model or dataset.
+            ValueError: if the file is damaged, not written by `SaveProgress`, of another model or dataset, or there
+                for some of the processes only.
         """
-        if not os.path.exists(self.path):
+        with scope_of(self._trainer):
+            return self._restore()
+
+    def _restore(self):
+        if not agree_on_file(os.path.exists(self.path), self.path):
             return 0
         fields, arrays = safetensors_file.read(self.path)
         if fields.get("content") != _CONTENT:
@@ -139,12 +165,14 @@ class SaveProgress(DatasetPosition):
         trainer = self._trainer
         if not trainer.optimizer.built:
             trainer.optimizer.build(trainer.trainable_variables)
-        _check(_variables(trainer), groups["model"], self.path)
+        variables = _variables(trainer)
+        groups["model"] = _parts(variables, groups["model"], {id(v) for v in _own_rows(trainer)})
+        _check(variables, groups["model"], self.path)
         self.dataset.load_state_dict(json.loads(fields["dataset"]))
-        _assign(_variables(trainer), groups["model"], self.path)
+        _assign(variables, groups["model"], self.path)
         if trainer is not self._trained:
             self._trained.set_state(trainer.state)
-        self._metrics = groups["metrics"] or None
+        self._metrics = [share_of_process(value) for value in groups["metrics"]] or None
         return int(fields["epoch"])
 
     def fit(self, epochs, callbacks=(), **kwargs):
@@ -186,7 +214,22 @@ def _averages(optimizer):
 
 
 def _value(variable):
-    return ops.convert_to_numpy(variable.value)
+    return whole_value(variable.value)
+
+
+def _own_rows(trainer):
+    """Variables that hold the rows of this process."""
+    return trainer.own_variables() if isinstance(trainer, ProcessTraining) else []
+
+
+def _parts(variables, values, own):
+    """`values`, with this process's rows of those that belong to rows, if as many processes have as many rows each."""
+    _, count = process_shard()
+    return [
+        own_rows(value) if id(v) in own and len(value) == count * v.shape[0] else value
+        for v, value in itertools.zip_longest(variables, values)
+        if value is not None
+    ]
 
 
 def _variables(model):

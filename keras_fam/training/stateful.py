@@ -10,12 +10,14 @@ from keras import ops
 from keras_fam.distribution.state_sharding import state_variables
 from keras_fam.layers.recurrent import check_padding_mask
 from keras_fam.ops.backend import wait_for
+from keras_fam.ops.processes import replicas_here
 from keras_fam.state import map_specs, where_rows
 from keras_fam.training.batches import unpack
 from keras_fam.training.callback_model import of_the_model
+from keras_fam.training.process_training import ProcessTraining
 
 
-class StatefulTrainer(keras.Model):
+class StatefulTrainer(ProcessTraining, keras.Model):
     """A Keras model around a TransformerFAM model: each row of a batch continues that row of the batch before.
 
     Inputs are `[B, T]` chunks (`[B, T, D]` for a layer), or a dict of `"token_ids"`, `"lengths"` int `[B]` or
@@ -41,6 +43,12 @@ class StatefulTrainer(keras.Model):
         # The policy, so that `compile` scales the loss of a float16 model; the model casts for itself.
         super().__init__(name=f"{model.name}_with_state", dtype=model.dtype_policy, autocast=False)
         vars(self)["user_model"] = model if isinstance(model, keras.Model) else None  # untracked: `wrapped` is tracked
+        if replicas_here(self) > 1:
+            raise ValueError(
+                "On TensorFlow, a state is carried by one device per process; the strategy has "
+                f"{replicas_here(self)} in this one. Use MultiWorkerMirroredStrategy "
+                "with a process for each device."
+            )
         self.wrapped, self.rows, self.block_size, self.aligned = model, batch_size, block_size, aligned
         self._spec = lambda: model.state_spec(batch_size)  # hidden from the tracking of tuples
         self.held = state_variables(self._spec())
@@ -79,6 +87,9 @@ class StatefulTrainer(keras.Model):
                 tokens, padding_mask=padding_mask, initial_state=state, return_state=True, training=training
             )
         return outputs, state
+
+    def own_variables(self):
+        return self.held
 
     def train_step(self, *args):
         with wait_for(args):

@@ -5,6 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_fam.ops.processes import for_worker
 from keras_fam.training.batches import as_arrays, in_order, unpack
 from keras_fam.training.callback_model import callbacks_see
 from keras_fam.training.dataset_position import following
@@ -85,7 +86,7 @@ class StreamTraining:
             callbacks = [*own, ValidationState(trainer), *following(x, callbacks)]
             given = {**kwargs, "shuffle": False, "callbacks": callbacks, "batch_size": self.batch_size}
             try:
-                return trainer.fit(x, y, sample_weight=sample_weight, **given)
+                return trainer.fit(for_worker(x, trainer), y, sample_weight=sample_weight, **given)
             except BaseException:
                 if place is not None:  # as the streams, the data are as before
                     x.load_state_dict(place)
@@ -97,7 +98,7 @@ class StreamTraining:
         callbacks = _listed(callbacks)
         with self._borrow_state() as trainer, callbacks_see(self.model, trainer, callbacks):
             given = {**kwargs, "callbacks": callbacks, "batch_size": self.batch_size}
-            return trainer.evaluate(x, y, sample_weight=sample_weight, **given)
+            return trainer.evaluate(for_worker(x, trainer), y, sample_weight=sample_weight, **given)
 
     def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
         """As `keras.Model.train_on_batch`, from the state that the last call left; see `fit` for `x`."""
