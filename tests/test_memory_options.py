@@ -35,6 +35,23 @@ def test_a_closed_memory_is_bswa_to_the_bit():
     assert np.abs(numpy(ours.layers[0].fam) - numpy(closed.get_initial_state(2).layers[0].fam)).max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_learned_gate_closes_at_minus_infinity(dtype):
+    """As a weight that training or a user moved there: no NaN, and outputs of the closed memory."""
+    settings = {**SMALL, "attention_sinks": 2, "dtype": dtype}
+    learned, closed = (TransformerFAMBlock(**settings, fam_gate=gate) for gate in (0.0, float("-inf")))
+    for block in (learned, closed):
+        block.build((None, None, HIDDEN_DIM))
+    copy_weights(learned, closed)
+    learned.attention.gate_bias.assign(np.full(learned.attention.gate_bias.shape, -np.inf))
+    x = np.random.default_rng(1).normal(size=(2, 13, HIDDEN_DIM)).astype(dtype)
+    ours, theirs = learned.get_initial_state(2), closed.get_initial_state(2)
+    for part in (x[:, :8], x[:, 8:12], x[:, 12:]):
+        y, ours = learned.advance(part, ours)
+        expected, theirs = closed.advance(part, theirs)
+        np.testing.assert_allclose(numpy(y), numpy(expected), atol=1e-5 if dtype == "float32" else 1e-2)
+
+
 def test_averages():
     written, previous = ROWS
     for update in (built(keras_fam.Average(0.3)), built(keras_fam.Average(0.3, learned=True))):

@@ -8,6 +8,7 @@ from keras import ops
 
 # Features that a bias takes in fused attention: kernels want head widths in multiples of 8.
 FEATURES = 8
+CLOSED = -3e4  # a weight of 0 in every dtype, and a number of float16: 0 · −∞ would be NaN
 
 
 class KeyBias(NamedTuple):
@@ -27,7 +28,7 @@ class KeyBias(NamedTuple):
 
     def on_logits(self, kv_heads, dtype):
         """`[K, G, 1, W]`, to be added to logits `[…, K, G, Q, W]`."""
-        head = ops.cast(ops.reshape(self.head, (kv_heads, -1, 1, 1)), dtype)
+        head = ops.cast(ops.maximum(ops.reshape(self.head, (kv_heads, -1, 1, 1)), CLOSED), dtype)
         return head * ops.convert_to_tensor(self.keys.astype("float32"), dtype)
 
     def as_features(self, query, key, value):
@@ -41,7 +42,7 @@ class KeyBias(NamedTuple):
             key: `[A, W, K, H]`.
             value: `[A, W, K, H]`; gets zeros.
         """
-        parts, rest = [], self.head
+        parts, rest = [], ops.maximum(self.head, CLOSED)
         for _ in range(3 if keras.backend.standardize_dtype(query.dtype) in ("bfloat16", "float16") else 1):
             parts.append(ops.cast(rest, query.dtype))
             rest = rest - ops.stop_gradient(ops.cast(parts[-1], rest.dtype))
