@@ -22,7 +22,6 @@ from keras_fam.ops import block_layout, masks
 from keras_fam.ops.attention import attend_blocks, attend_slots
 from keras_fam.ops.key_bias import KeyBias
 from keras_fam.ops.rope import rotate
-from keras_fam.ops.scan import branch
 from keras_fam.state import where_rows
 
 _local = threading.local()
@@ -193,7 +192,7 @@ def keep_keys(attention, state, keys, values, chunk):
 
     if chunk.one_block:  # mostly, no block is completed and nothing moves
         in_place = lambda: tuple(map(block_layout.to_slots, (keys, values)))  # noqa: E731
-        key, value = branch(ops.any(chunk.completed > 0), shifted, in_place)
+        key, value = chunk.on_completion(shifted, in_place)
     else:
         key, value = shifted()
     return state._replace(key=key, value=value)

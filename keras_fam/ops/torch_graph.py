@@ -53,10 +53,11 @@ class TracedFunction:
         function: function of structures of tensors with a structure of tensors as result, without effects.
         variables: the `keras.Variable`s that it reads; they may be assigned to, but not replaced.
         calls_before: how many calls of one kind run as they are.
+        in_place: whether a graph may write into its arguments where the function makes a changed copy of one.
     """
 
-    def __init__(self, function, variables, calls_before=WARMUP_CALLS):
-        self.function, self.variables, self.graphs = function, variables, {}
+    def __init__(self, function, variables, calls_before=WARMUP_CALLS, *, in_place=False):
+        self.function, self.variables, self.graphs, self.in_place = function, variables, {}, in_place
         self.calls_before, self.calls = calls_before, collections.Counter()
 
     def __call__(self, *args):
@@ -102,6 +103,8 @@ class TracedFunction:
         except Exception:  # whatever torch can't record: the function is right, as its calls so far have shown
             return ()
         simplify(graph, {id(variable.value) for variable in self.variables})
+        if self.in_place:
+            write_into_arguments(graph)
         return graph, structure
 
 
@@ -136,6 +139,25 @@ def simplify(module, changing):
         if not any(node.op == "get_attr" and node.target == name for node in graph.nodes):
             delattr(module, name)
     module.recompile()
+
+
+def write_into_arguments(module):
+    """Lets a graph write into an argument where it writes into a copy of one that nothing else reads; in place."""
+    import torch
+
+    graph = module.graph
+    for node in list(graph.nodes):
+        source = node.args[0] if node.target is torch.ops.aten.clone.default else None
+        is_last = source is not None and source.op == "placeholder" and list(source.users) == [node]
+        if is_last and any(_writes_into(user, node) for user in node.users):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    module.recompile()
+
+
+def _writes_into(user, node):
+    schema = getattr(user.target, "_schema", None)
+    return schema is not None and schema.is_mutable and user.args[0] is node
 
 
 def _attribute(module, path):
