@@ -21,7 +21,7 @@ from keras_fam.layers.memory_scan import memory_ages
 from keras_fam.ops import block_layout, masks
 from keras_fam.ops.attention import attend_blocks, attend_slots
 from keras_fam.ops.key_bias import KeyBias
-from keras_fam.ops.rope import rotate
+from keras_fam.ops.rope import rotate, rotate_whole
 from keras_fam.state import where_rows
 
 _local = threading.local()
@@ -76,17 +76,21 @@ def project_tokens(layer, x, state, position, chunk):
 
     Returns:
         `(query, keys, values)`: `[B, T, N, H]`, scaled and rotated by place in block (of a positional chunk: in the
-        row's first block), and `[B, m+n, S, K, H]` each, rotated by place in block: the m held blocks and the n blocks
-        of the chunk, the first of which may hold tokens of earlier calls.
+        row's first block; of one token: `[B, 1, m+1, N, H]`, rotated for each block that it reads), and
+        `[B, m+n, S, K, H]` each, rotated by place in block: the m held blocks and the n blocks of the chunk, the first
+        of which may hold tokens of earlier calls.
     """
     attention = layer.attention_layer()
     S, m = attention.block_size, attention.memory_segments
     normed = layer.pre_norm(x)
     query, (key, value) = attention.project_query(normed), attention.project_key_value(normed)
+    if chunk.one_block:
+        query, key = _rotate_token(attention, query, key, chunk.position)
+    else:
+        table = attention.positions.tokens(ops.mod(chunk.position, S))
+        query = rotate(query, attention.positions.tokens(chunk.position) if chunk.positional else table)
+        key = rotate(key, table)
     key, value = chunk.zero_padding(key), chunk.zero_padding(value)  # a bias makes keys of zeros
-    table = attention.positions.tokens(ops.mod(chunk.position, S))
-    query = rotate(query, attention.positions.tokens(chunk.position) if chunk.positional else table)
-    key = rotate(key, table)
     if chunk.aligned:
         keys, values = (
             block_layout.with_segments(held, block_layout.to_blocks(new, S, chunk.num_blocks), m, S)
@@ -98,6 +102,17 @@ def project_tokens(layer, x, state, position, chunk):
             for held, new in ((state.key, key), (state.value, value))
         )
     return query, keys, values
+
+
+def _rotate_token(attention, query, key, place):
+    """Query and key of one token per row: the query for each of the m+1 blocks that it reads, `[B, 1, m+1, N, H]`, the
+    key by its place, `[B, 1, K, H]`; in one rotation for all."""
+    m, heads = attention.memory_segments, attention.num_query_heads
+    table = attention.positions.window(place, m)
+    if table is None:
+        return ops.repeat(ops.expand_dims(query, 2), m + 1, axis=2), key
+    turned = rotate_whole(ops.expand_dims(ops.concatenate([query, key], axis=2), 2), table)
+    return turned[:, :, :, :heads], turned[:, :, m, heads:]
 
 
 class Rows(NamedTuple):
@@ -266,7 +281,7 @@ def _attend_positions(attention, query, keys, values, rows, position, chunk):
         mask,
         segments=m,
         own=own,
-        back=attention.positions.back,
+        back=None if chunk.one_block else attention.positions.back,
         **attention.softmax_settings,
         bias=None if rows is None else rows.bias,
         stop_gradient=attention.stop_memory_gradient,

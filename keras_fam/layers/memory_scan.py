@@ -93,7 +93,9 @@ def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, rows_
         reads, after, rows_above = _update_at_once(layer, first, inputs(), chunk, sinks)
     else:
         reads, after, rows_above = _update_in_turn(layer, position, first, inputs(), chunk, sinks)
-    if layer.initial_fam == "summary":
+    if layer.initial_fam == "summary" and chunk.completes is False:
+        after = state.fam, state.fam_key, state.fam_value
+    elif layer.initial_fam == "summary":
         after = where_rows(chunk.completed > 0, after, (state.fam, state.fam_key, state.fam_value))
     return reads, state._replace(**dict(zip(("fam", "fam_key", "fam_value"), after, strict=True))), rows_above
 

@@ -66,7 +66,7 @@ class TracedFunction:
         leaves = keras.tree.flatten(args)
         if is_tracing() or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in leaves):
             return self.function(*args)  # inside of another recording, or of an export
-        kind = (len(args), *((x.shape, x.dtype, x.device) for x in leaves))
+        kind = (len(args), *((x.shape, x.stride(), x.storage_offset(), x.dtype, x.device) for x in leaves))
         found = self.graphs.get(kind)
         if found is None:
             self.calls[kind] += 1
@@ -105,6 +105,7 @@ class TracedFunction:
         simplify(graph, {id(variable.value) for variable in self.variables})
         if self.in_place:
             write_into_arguments(graph)
+        merge_views(graph)
         return graph, structure
 
 
@@ -155,6 +156,50 @@ def write_into_arguments(module):
     module.recompile()
 
 
+def merge_views(module):
+    """Makes each view of a view a view of the tensor itself, so that those between are not made; in place.
+
+    Sizes, strides and offsets are those of the recording: a graph serves arguments that lie in memory in one way.
+    """
+    import torch
+
+    graph, made = module.graph, {}
+    arguments = graph.find_nodes(op="placeholder")
+    for node in [node for node in graph.nodes if _is_view(node)]:
+        source = next(x for x in _sharing(node) if not _is_view(x))
+        value, whole = node.meta.get("val"), source.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not isinstance(whole, torch.Tensor) or value.dtype != whole.dtype:
+            continue
+        if all(_is_view(user) for user in node.users):
+            continue
+        place = (source, tuple(value.shape), value.stride(), value.storage_offset())
+        if place not in made:
+            with graph.inserting_after(arguments[-1] if source.op == "placeholder" else source):
+                if source.op == "get_attr":  # made once: it shows what is later assigned to the variable
+                    name, whole = f"_view_{len(made)}", _attribute(module, source.target).detach()
+                    setattr(module, name, whole.as_strided(*place[1:]))
+                    made[place] = graph.get_attr(name)
+                else:
+                    made[place] = graph.call_function(torch.ops.aten.as_strided.default, place)
+        node.replace_all_uses_with(made[place], lambda user: not _is_view(user))
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _is_view(node):
+    """Whether a node is another view of its first argument's memory, or a list of such, or an item of such a list."""
+    import torch
+
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return _is_view(node.args[0])
+    if node.target is torch.ops.aten._unsafe_view.default:  # of a tensor that nothing else reads
+        return True
+    return not schema.is_mutable and any(part.alias_info is not None for part in schema.returns)
+
+
 def _writes_into(user, node):
     schema = getattr(user.target, "_schema", None)
     return schema is not None and schema.is_mutable and user.args[0] is node
@@ -185,8 +230,8 @@ def _sharing(node):
     while True:
         yield node
         schema = getattr(node.target, "_schema", None)
-        view = schema is not None and any(part.alias_info is not None for part in schema.returns)
-        if node.op != "call_function" or not (view or schema is None):  # without a schema: an item of a list
+        written = schema is not None and schema.is_mutable
+        if not (_is_view(node) or (written and any(part.alias_info is not None for part in schema.returns))):
             return
         node = node.args[0]
 
