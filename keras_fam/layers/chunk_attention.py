@@ -264,14 +264,19 @@ def _attend_positions(attention, query, keys, values, rows, position, chunk):
     S, m, num_blocks = attention.block_size, attention.memory_segments, chunk.num_blocks
     token = ops.expand_dims(chunk.position, -1)  # [B, T, 1]
     places = ops.convert_to_tensor(np.arange(-m * S, num_blocks * S, dtype="int32"))
-    mask = attention.visible(token, places)
+    mask = attention.visible(token, places, own_block=0 if chunk.one_block else None)
     mask = ops.logical_and(mask, masks.exists(places, position.block_index[:, None, None], S))
-    block = ops.convert_to_tensor(np.arange(-m, num_blocks, dtype="int32"))
-    own = ops.equal(ops.floor_divide(token, S), block)  # [B, T, m+n]
+    block = np.arange(-m, num_blocks, dtype="int32")
+    if chunk.one_block:
+        own = ops.convert_to_tensor(np.equal(0, block)[None, None])
+    else:
+        own = ops.equal(ops.floor_divide(token, S), ops.convert_to_tensor(block))  # [B or 1, T, m+n]
     if rows is not None:  # those of each token's own block
         count = rows.key.shape[2]
         seen = ops.ones((1, 1, 1, count), "bool") if rows.seen is None else ops.expand_dims(rows.seen, 1)
-        seen = ops.logical_and(ops.expand_dims(own[:, :, m:], -1), seen)  # [B, T, n, R]
+        if not chunk.one_block:
+            seen = ops.logical_and(ops.expand_dims(own[:, :, m:], -1), seen)  # [B, T, n, R]
+        seen = ops.broadcast_to(seen, (*ops.shape(mask)[:2], num_blocks, count))
         mask = ops.concatenate([ops.reshape(seen, (*ops.shape(mask)[:2], num_blocks * count)), mask], axis=-1)
     return attend_slots(
         query,

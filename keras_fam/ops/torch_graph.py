@@ -66,7 +66,7 @@ class TracedFunction:
         leaves = keras.tree.flatten(args)
         if is_tracing() or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in leaves):
             return self.function(*args)  # inside of another recording, or of an export
-        kind = (len(args), *((x.shape, x.stride(), x.storage_offset(), x.dtype, x.device) for x in leaves))
+        kind = self._kind_of_flat(leaves)
         found = self.graphs.get(kind)
         if found is None:
             self.calls[kind] += 1
@@ -78,10 +78,14 @@ class TracedFunction:
         if not found:
             return self.function(*args)
         graph, structure = found
-        outputs, wrong = graph(*leaves)
+        outputs, wrong = graph.forward(*leaves)
         if wrong is not None and bool(wrong):
             return self.function(*args)
         return keras.tree.pack_sequence_as(structure, outputs)
+
+    @staticmethod
+    def _kind_of_flat(leaves):
+        return tuple((x.shape, x.stride(), x.storage_offset(), x.dtype, x.device) for x in leaves)
 
     def _record(self, args, leaves):
         """`(graph, structure of the result)`, or () for a function that can't be recorded."""
@@ -106,7 +110,19 @@ class TracedFunction:
         if self.in_place:
             write_into_arguments(graph)
         merge_views(graph)
+        _make_attributes_plain(graph)
         return graph, structure
+
+    def recorded(self, leaves):
+        """The graph for such arguments, a function of the flat ones that returns the flat result.
+
+        None if there is none, or if a branch was left out of it.
+        """
+        found = self.graphs.get(self._kind_of_flat(leaves))
+        if not found or found[0].graph.output_node().args[0][1] is not None:
+            return None
+        run = found[0].forward
+        return lambda leaves: run(*leaves)[0]
 
 
 def simplify(module, changing):
@@ -177,7 +193,7 @@ def merge_views(module):
             with graph.inserting_after(arguments[-1] if source.op == "placeholder" else source):
                 if source.op == "get_attr":  # made once: it shows what is later assigned to the variable
                     name, whole = f"_view_{len(made)}", _attribute(module, source.target).detach()
-                    setattr(module, name, whole.as_strided(*place[1:]))
+                    module.register_buffer(name, whole.as_strided(*place[1:]), persistent=False)
                     made[place] = graph.get_attr(name)
                 else:
                     made[place] = graph.call_function(torch.ops.aten.as_strided.default, place)
@@ -203,6 +219,13 @@ def _is_view(node):
 def _writes_into(user, node):
     schema = getattr(user.target, "_schema", None)
     return schema is not None and schema.is_mutable and user.args[0] is node
+
+
+def _make_attributes_plain(module):
+    """Lets Python find a module's tensors without the search through parameters and buffers."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        if "." not in node.target:
+            vars(module)[node.target] = getattr(module, node.target)
 
 
 def _attribute(module, path):

@@ -28,7 +28,8 @@ class TokenLoop:
 
     def __init__(self, step_of, *, capture=None, tokens_per_launch=1):
         self._step_of, self._capture, self.tokens_per_launch = step_of, capture, tokens_per_launch
-        self._steps, self._launches, self._held, self._structure = {}, {}, [], None
+        self._steps, self._recorded, self._launches = {}, {}, {}
+        self._kinds, self._held, self._structure = [], [], None
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -39,8 +40,10 @@ class TokenLoop:
         with self._lock, torch.no_grad():
             leaves = keras.tree.flatten(carry)
             kinds = [(x.shape, x.dtype, x.device) for x in leaves]
-            if kinds != [(x.shape, x.dtype, x.device) for x in self._held]:
-                self._held, self._launches = [x.detach().clone() for x in leaves], {}
+            if kinds != self._kinds:
+                self._kinds, self._held, self._recorded, self._launches = kinds, [], {}, {}
+            if not self._held:
+                self._held = [x.detach().clone(memory_format=torch.contiguous_format) for x in leaves]
                 self._structure = keras.tree.map_structure(lambda x: 0, carry)
             else:
                 for held, given in zip(self._held, leaves, strict=True):
@@ -58,8 +61,13 @@ class TokenLoop:
         return self._launches[kind, count]()
 
     def carry(self):
-        """A copy of the carry after the last launch."""
-        return keras.tree.pack_sequence_as(self._structure, [x.clone() for x in self._held])
+        """The carry after the last launch, which ends the steps of this call."""
+        leaves = self._held
+        if self._capture is None:  # nothing else knows these tensors
+            self._held = []
+        else:
+            leaves = [x.clone() for x in leaves]
+        return keras.tree.pack_sequence_as(self._structure, leaves)
 
     def _step(self, kind):
         if kind not in self._steps:
@@ -82,21 +90,51 @@ class TokenLoop:
                 held.copy_(value)
 
     def _run(self, kind, count):
-        step, leaves, outputs = self._step(kind), self._held, []
+        recorded = self._recorded.get(kind) or self._find_recorded(kind)
+        if recorded is None:
+            return self._run_as_it_is(kind, count)
+        run, moved = recorded
+        outputs = []
         for _ in range(count):
-            output, carry = step(*keras.tree.pack_sequence_as(self._structure, leaves))
-            leaves = keras.tree.flatten(carry)
+            output, *leaves = run(self._held)
+            for i in moved:  # most leaves were written where they lie
+                self._held[i].copy_(leaves[i])
             outputs.append(output)
-        self._store(leaves)
         return outputs
 
-    def _store(self, leaves):
-        """Puts tensors into the places of the held ones; most are there already."""
+    def _run_as_it_is(self, kind, count):
+        step, outputs = self._step(kind), []
+        for _ in range(count):
+            output, carry = step(*keras.tree.pack_sequence_as(self._structure, self._held))
+            moved = self._moved(keras.tree.flatten(carry))
+            for held, new in moved:
+                held.copy_(new)
+            outputs.append(output)
+        return outputs
+
+    def _find_recorded(self, kind):
+        """The graph of a step that was recorded, and which of its results have to be moved into their places."""
+        step = self._step(kind)
+        run = step.recorded(self._held) if hasattr(step, "recorded") else None
+        if run is None:
+            return None
+        before = [x.clone() for x in self._held]
+        _, *leaves = run(self._held)
+        moved = [i for i, held in enumerate(self._held) if not _is_same(held, leaves[i])]
+        own = {held.untyped_storage().data_ptr() for held in self._held}
+        safe = not any(leaves[i].untyped_storage().data_ptr() in own for i in moved)
+        for held, value in zip(self._held, before, strict=True):
+            held.copy_(value)
+        if not safe:  # a result that shows another argument has to be copied before that is written
+            return None
+        self._recorded[kind] = run, moved
+        return run, moved
+
+    def _moved(self, leaves):
+        """Pairs of held tensors and new values that do not lie in their places."""
         moved = [(held, new) for held, new in zip(self._held, leaves, strict=True) if not _is_same(held, new)]
         own = {held.untyped_storage().data_ptr() for held in self._held}
-        moved = [(held, new.clone() if new.untyped_storage().data_ptr() in own else new) for held, new in moved]
-        for held, new in moved:
-            held.copy_(new)
+        return [(held, new.clone() if new.untyped_storage().data_ptr() in own else new) for held, new in moved]
 
 
 def _is_same(a, b):
