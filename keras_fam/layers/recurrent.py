@@ -7,7 +7,7 @@ from keras_fam.layers.chunk import make_chunk
 from keras_fam.layers.quantization import QuantizedSublayersMixin, check_training
 from keras_fam.ops import ragged
 from keras_fam.ops.backend import indices, wait_for
-from keras_fam.ops.scan import both_branches_are_computed, branch
+from keras_fam.ops.scan import branch, branches_are_large
 from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
@@ -161,7 +161,7 @@ class Recurrent(QuantizedSublayersMixin):
             return self.read(x, state, chunk, training=bool(training))
         if completes is not None:
             return self.read(x, state, chunk.known(completes), training=bool(training))
-        if training or both_branches_are_computed():  # a seed is taken within `read`; both sides are both models
+        if training or not branches_are_large():  # in training, a seed is taken within `read`
             return self.read(x, state, chunk, training=bool(training))
         # One branch around all layers in place of two in each of them: on a GPU each waits for the device.
         sides = [lambda known=known: self.read(x, state, chunk.known(known)) for known in (True, False)]

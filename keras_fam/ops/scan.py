@@ -77,6 +77,25 @@ def both_branches_are_computed():
 
 
 @contextlib.contextmanager
+def keep_branches_small():
+    """Inside, and in this thread alone, a model of layers branches within each of them, not around all.
+
+    For programs that are written to files: there, two sides of a branch around all layers are the model twice.
+    """
+    before = getattr(_local, "small_branches", False)
+    _local.small_branches = True
+    try:
+        yield
+    finally:
+        _local.small_branches = before
+
+
+def branches_are_large():
+    """Whether a branch may go around all layers: neither inside of `keep_branches_small` nor of both branches."""
+    return not (getattr(_local, "small_branches", False) or both_branches_are_computed())
+
+
+@contextlib.contextmanager
 def compute_both_branches():
     """Inside, and in this thread alone, `branch` computes both sides and selects one.
 
