@@ -115,6 +115,8 @@ def advance_position(position, chunk, max_visible_memories):
         chunk: `keras_fam.layers.chunk.Chunk`.
         max_visible_memories: P, or 0 without memory.
     """
+    if chunk.completes is False:
+        return position._replace(offset=position.offset + chunk.taken)
     completed = chunk.completed
     return StreamPosition(
         offset=position.offset + chunk.taken - completed * chunk.block_size,

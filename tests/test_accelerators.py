@@ -112,9 +112,9 @@ def test_gpu_report_at_small_sizes(monkeypatch, task, system):
     monkeypatch.setenv("KERAS_BACKEND", BACKEND)  # as the script's own processes have it
     gpu = importlib.import_module("examples.benchmarks.gpu")
     args = argparse.Namespace(
-        small=True, system=system, task=task, rows=1, blocks_per_step=2, train_blocks=2, repeats=1, seconds=1.0
+        small=True, system=system, task=task, rows=1, blocks_per_step=2, train_blocks=2, repeats=1, cell_seconds=1.0
     )
-    args.memory_update = "residual"
+    args.memory_update, args.new = "residual", 4
     results = list(gpu.measure(args, [32, 64]))
     assert [result["length"] for result in results] == [32, 64]
     for result in results:

@@ -190,16 +190,41 @@ def test_random_samplers_follow_their_seed(fam, module, name):
     assert draw(sampler, seed=3) == draw(make(1), seed=3) == draw(make(None), seed=3) != first
     if name == "random":  # by name, every call draws its own
         assert draw(name) != draw(name)
-    keys = [*programs_of(fam.lm).keys("sample"), *programs_of(fam.lm).keys("step")]
-    keys = [key for key in keys if make(0).__class__ in key]
+    keys = [key for key in programs_of(fam.lm).keys("decode") if make(0).__class__ in key]
     assert len(keys) == 1 + (name == "random"), keys  # the object's settings and the name's defaults
 
 
-def test_tokens_in_one_loop_and_one_by_one_have_the_same_seeds(fam):
-    options = {"max_new_tokens": 9, "sampler": keras_fam.samplers.TopKSampler(4, temperature=5.0), "seed": 11}
-    whole = fam.fresh().generate(PROMPTS, **options)
-    steps = np.array(list(fam.fresh().generate_stream(PROMPTS, **options)))
-    assert steps.T.tolist() == whole
+@pytest.mark.parametrize("sampler", ["greedy", keras_fam.samplers.TopKSampler(4, temperature=5.0)], ids=str)
+def test_tokens_are_the_same_however_many_are_made_at_a_time(case, sampler):
+    """One by one, in groups and all in one program: the same tokens, and the same state to the bit."""
+    stream = case.fresh()
+    free = stream.generate(PROMPTS, max_new_tokens=9, sampler=sampler, seed=11)
+    stops = [free[0][2], free[1][5]]
+    options = {"max_new_tokens": 9, "sampler": sampler, "seed": 11, "stop_token_ids": stops}
+    whole = case.fresh().generate(PROMPTS, **options)
+    assert whole == [row[: 1 + next((i for i, t in enumerate(row) if t in stops), 8)] for row in free]
+    expected = held(stream)
+    for size in (1, 4):
+        steps = np.array(list(case.fresh().generate_stream(PROMPTS, group_size=size, **options)))
+        assert [[t for t in row if t >= 0] for row in steps.T.tolist()] == whole
+        assert same(held(stream), expected), size
+
+
+@pytest.mark.parametrize("size", [3, 12])
+def test_a_loop_that_ends_within_a_group(fam, size):
+    """The stream stands behind the last token that came out, unless something else has moved it."""
+    stream = fam.fresh()
+    for count, _ in enumerate(stream.generate_stream(PROMPTS, max_new_tokens=12, group_size=size), 1):
+        if count == 5:
+            break
+    expected = fam.greedy(PROMPTS, 9)
+    assert stream.position.tolist() == [len(prompt) + 5 for prompt in PROMPTS]
+    assert stream.generate(max_new_tokens=4) == [row[5:] for row in expected]
+    steps = fam.fresh().generate_stream(PROMPTS, max_new_tokens=12, group_size=size)
+    next(steps)
+    stream.reset_state()
+    steps.close()
+    assert not stream.position.any()
 
 
 def test_top_k_chooses_among_the_likeliest(fam):
@@ -258,7 +283,7 @@ def test_one_program_for_many_lengths(fam):
         for row, new in zip(found, stream.generate(max_new_tokens=count), strict=True):
             row.extend(new)
     assert found == expected
-    loops = [key for key in programs_of(fam.lm).keys("sample") if key[1:3] == (16, 0)]
+    loops = [key for key in programs_of(fam.lm).keys("decode") if key[1:3] == (16, 0)]
     assert len(loops) >= (keras.backend.backend() != "torch")
     assert len(programs_of(fam.lm)) <= before + 3  # one loop, and the pieces of one and two tokens
 

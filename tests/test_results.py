@@ -194,6 +194,24 @@ def test_speed():
         assert float(gradients or 0) == pytest.approx(row["gradient_difference"], rel=0.06, abs=0)
 
 
+def test_operations_of_a_decoded_token():
+    names = {"before": "operations per layer, before", "": "operations per layer, now"}
+    for kind, cells in zip(names, rows("speed", *names.values()), strict=True):
+        found = [recorded(f"kernels_{kind}_{b}" if kind else f"kernels_{b}") for b in ("jax", "torch")]
+        says(cells[:1], [found[0]["operations_per_token_and_layer"]])
+        says(cells[1:2], [found[1]["operations_per_token_and_layer"], found[1]["per_token_and_layer"]["views"]])
+    beside = {"before": "beside the layers, before", "": "beside the layers, now"}
+    for kind, cells in zip(beside, rows("speed", *beside.values()), strict=True):
+        found = [recorded(f"kernels_{kind}_{b}" if kind else f"kernels_{b}") for b in ("jax", "torch")]
+        says(cells, [each["operations_per_token_beside"] for each in found])
+    systems = recorded("peers_decode")["systems"]
+    ours = systems["keras_fam"]
+    names = ("decoding: keras_fam", "decoding: Mistral", "decoding: RecurrentGemma")
+    for peer, cells in zip(systems.values(), rows("speed", *names), strict=True):
+        pairs = [(peer[key], peer[key] / ours[key]) for key in ("prefill ms per token", "decode ms per token")]
+        says(cells, [*pairs[0], *pairs[1]], digits=3)
+
+
 def test_untrained_smollm2():
     found = recorded("smollm2_untrained")
     titles = {"BSWA, no sinks": "BSWA", "BSWA, 1 sink": "BSWA, 1 sink", "BSWA, 4 sinks": "BSWA, 4 sinks",

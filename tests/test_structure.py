@@ -10,15 +10,21 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
-    *("ops.torch_graph", "ops.backend", "state", "distribution.state_sharding", "ops", "distribution.processes"),
-    *("utils", "tasks", "layers", "training.process_training"),
+    *("ops.torch_graph", "ops.torch_loop", "ops.backend", "state", "distribution.state_sharding", "ops"),
+    *("distribution.processes", "utils", "tasks", "layers", "training.process_training"),
     *("streaming.session", "streaming.samplers", "streaming.text", "streaming.sampling", "streaming.hub_samplers"),
-    *("streaming.generation", "training.batches", "training.callback_model", "training.checked_inputs"),
+    *(
+        "streaming.decoding",
+        "streaming.generation",
+        "training.batches",
+        "training.callback_model",
+        "training.checked_inputs",
+    ),
     *("training.dataset_position", "training.stateful", "training.stream_fit", "streaming", "models.configs"),
     *("distribution", "models", "baselines", "training", "data", "testing", "evaluation", "export", "serve", "hub", ""),
 ]
-BACKEND_PLACES = {"ops/backend.py", "ops/processes.py", "ops/torch_graph.py", "ops/scan.py", "ops/attention.py"}
-BACKEND_PLACES.add("distribution/fully_sharded.py")  # torch alone
+BACKEND_PLACES = {"ops/backend.py", "ops/processes.py", "ops/torch_graph.py", "ops/torch_loop.py", "ops/scan.py"}
+BACKEND_PLACES |= {"ops/attention.py", "distribution/fully_sharded.py"}
 BACKENDS = {"jax", "torch", "tensorflow"}
 
 

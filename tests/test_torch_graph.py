@@ -9,8 +9,7 @@ import keras_fam
 from keras_fam.ops import backend
 from keras_fam.ops.backend import compiled
 from keras_fam.ops.torch_graph import WARMUP_CALLS, TracedFunction
-from keras_fam.streaming.generation import find_sampler, start_call
-from keras_fam.streaming.sampling import choose
+from keras_fam.ops.torch_loop import TokenLoop
 
 S, V = 4, 13
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="graphs are recorded on torch alone")
@@ -93,14 +92,13 @@ def test_many_blocks_on_a_gpu(device, graphs, recorded, monkeypatch):
 
 @pytest.mark.parametrize("sampler", ["greedy", "top_k"])
 def test_generation_goes_on_from_graphs(sampler, recorded):
-    """Tokens read as they are chosen, and tokens chosen in one loop on a copy of the state, are the same."""
-    model, count = make_model(), 4 * WARMUP_CALLS
+    """With the sampler and its random numbers in them: one graph within blocks, one for tokens that complete one."""
+    model, count = make_model(), 6 * WARMUP_CALLS
     stream, other = (keras_fam.StreamingModel(model, batch_size=2) for _ in range(2))
     tokens = stream.generate([[1, 2, 3], [4]], sampler=sampler, seed=5, max_new_tokens=count)
-    assert len(recorded) == 1 and all(recorded)
-    other.predict(np.array([[1, 2, 3], [4, 0, 0]]), lengths=[3, 1])
-    assert choose(other, count, start_call(find_sampler(sampler), 5, count), ())[0].tolist() == tokens
     assert len(recorded) == 2 and all(recorded)
+    first = other.generate([[1, 2, 3], [4]], sampler=sampler, seed=5, max_new_tokens=3)  # now from the graphs
+    assert first == [row[:3] for row in tokens] and len(recorded) == 2
     ids, lengths = keras_fam.streaming.generation.pad_rows([[1, 2, 3, *tokens[0]], [4, *tokens[1]]])
     logits, _ = model.advance(ids, model.get_initial_state(2), lengths=lengths)
     last = ops.convert_to_numpy(logits)[np.arange(2), lengths - 1]
@@ -129,6 +127,60 @@ def test_graphs_follow_the_weights(recorded):
     for variable in model.trainable_variables:
         variable.assign(variable.value + 0.1)
     check(graphs=2)
+
+
+@pytest.mark.parametrize("per_launch", [1, 4])
+def test_launches_of_several_steps(per_launch, monkeypatch):
+    """What a GPU captures: steps whose tensors stay in their places, several at a time, past blocks and stop tokens."""
+    import torch
+
+    model, launched = make_model(), []
+    stream = keras_fam.StreamingModel(model, batch_size=2)
+    prompt = [[1, 2, 3], [4, 5, 6]]
+    options = {"sampler": keras_fam.samplers.TopKSampler(4, temperature=3.0), "seed": 3, "max_new_tokens": 40}
+    expected = stream.generate(prompt, **options)
+    stops = [expected[0][9]]
+    stream.reset_state()
+    stopped = stream.generate(prompt, stop_token_ids=stops, **options)
+    state = keras.tree.flatten((stream.state, stream.next_logits))
+
+    def capture(run):
+        outputs = run()  # a graph has outputs of its own, and steps run without effect before it is captured
+
+        def replay():
+            launched.append(len(outputs))
+            for output, new in zip(outputs, run(), strict=True):
+                output.copy_(new)
+            return outputs
+
+        return replay
+
+    class Captured(TokenLoop):
+        def __init__(self, step_of, **options):
+            super().__init__(step_of, capture=capture, tokens_per_launch=per_launch)
+
+    monkeypatch.setattr(backend, "TokenLoop", Captured)
+    vars(model).pop("_programs_of_streams")
+    stream.reset_state()
+    assert stream.generate(prompt, **options) == expected
+    assert launched and (max(launched) > 1) == (per_launch > 1)
+    stream.reset_state()
+    assert stream.generate(prompt, stop_token_ids=stops, **options) == stopped
+    pairs = zip(keras.tree.flatten((stream.state, stream.next_logits)), state, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_states_that_were_handed_out_stay_as_they_are():
+    import torch
+
+    stream = keras_fam.StreamingModel(make_model(), batch_size=2)
+    stream.generate([[1, 2, 3], [4]], max_new_tokens=3 * WARMUP_CALLS)
+    state = keras.tree.flatten(stream.state)
+    before = [x.clone() for x in state]
+    stream.generate(max_new_tokens=2 * S)
+    for _ in stream.generate_stream(max_new_tokens=2 * S):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
 def branches_on_values(x):

@@ -9,8 +9,9 @@ from examples.benchmarks.measuring import seconds
 
 SMALL_MODEL = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 32, "num_query_heads": 2, "intermediate_dim": 64}
 SMALL_MODEL |= {"block_size": 16, "memory_segments": 1, "fam_length": 4}
-SYSTEMS = ("fam", "inputs", "bswa", "full")
+SYSTEMS = ("fam", "inputs", "bswa", "full", "mistral")
 INPUTS = {"fam_query": "layer_inputs", "memory_update": "hard_gate", "initial_fam": "summary"}  # as converted models
+WARMUP_CALLS = 8  # of torch before it records, see `keras_fam.ops.torch_graph`
 LOSS_PIECE = 2048  # tokens in a piece of the loss
 
 
@@ -45,15 +46,39 @@ def make_model(args, training):
     return model
 
 
-def work_per_token(args, length, decode=False):
+class Run:
+    """What is timed: a function without arguments, how often it is called before, and what it reads.
+
+    Attributes:
+        calls_before: calls until its programs are compiled, traced and captured.
+        weight_bytes: bytes of the weights that a token needs.
+    """
+
+    def __init__(self, call, calls_before=1, weight_bytes=None):
+        self.call, self.calls_before, self.weight_bytes = call, calls_before, weight_bytes
+
+    def __call__(self):
+        return self.call()
+
+
+def on_torch():
+    return os.environ["KERAS_BACKEND"] == "torch"
+
+
+def weight_bytes(model):
+    return sum(v.value.nbytes for v in model.variables)
+
+
+def work_per_token(args, length):
     """Operations per token of a forward pass: products with weights and attention, without the embedding."""
     s = settings_of(args)
     D, L, M = s["hidden_dim"], s["num_layers"], s["intermediate_dim"]
     layer = 2 * (4 * D * D + 2 * D * M)
     if args.system == "full":
-        keys = length if decode else length / 2
-        return L * (layer + 4 * D * keys)
-    S, F = s["block_size"], 0 if args.system == "bswa" else s["fam_length"]
+        return L * (layer + 4 * D * length / 2)
+    S, F = s["block_size"], 0 if args.system in ("bswa", "mistral") else s["fam_length"]
+    if args.system == "mistral":  # a gated feed-forward part of two thirds the width: as many weights
+        return L * (layer + 4 * D * min(length / 2, S * (s["memory_segments"] + 1)))
     keys = F + S * s["memory_segments"] + S / 2
     memory = F / S * (layer + 4 * D * (F + S))
     return L * (layer + 4 * D * keys + memory)
@@ -80,8 +105,22 @@ def matrix_throughput(small):
     return 2 * size**3 * products / median(times[3:])
 
 
+def bandwidth(small):
+    """Bytes per second of reading a large array."""
+    from keras import ops
+
+    from keras_fam.ops.backend import compiled
+
+    x = ops.ones(((1 << 20) if small else (1 << 31),), "bfloat16")
+    run = compiled(lambda x: ops.max(x), list)
+    times = [seconds(lambda: ops.convert_to_numpy(ops.cast(run(x), "float32"))) for _ in range(8)]
+    return 2 * x.shape[0] / median(times[3:])
+
+
 def prefill(args):
-    """A function of a length: a function that reads so many tokens and waits for the last hidden state."""
+    """A function of a length: a `Run` that reads so many tokens a row and waits for the last hidden state."""
+    if args.system == "mistral":
+        return mistral(args, "prefill")
     from keras import ops
 
     from keras_fam.ops.backend import compiled
@@ -96,27 +135,30 @@ def prefill(args):
         return last(hidden), state
 
     whole = compiled(lambda ids: last(model(ids)), lambda: model.variables)
-    run = compiled(step, lambda: model.variables, record="gpu")
+    run = compiled(step, lambda: model.variables, record="anywhere")
+    first_state = (
+        None if args.system == "full" else compiled(lambda: model.get_initial_state(args.rows), lambda: model.variables)
+    )
 
     def at(length):
-        ids = np.random.default_rng(0).integers(0, vocabulary, (1, length)).astype("int32")
+        ids = np.random.default_rng(0).integers(0, vocabulary, (args.rows, length)).astype("int32")
         if args.system == "full":
-            return lambda: ops.convert_to_numpy(whole(ops.convert_to_tensor(ids)))
+            return Run(lambda: ops.convert_to_numpy(whole(ops.convert_to_tensor(ids))))
         size = min(length, args.blocks_per_step * model.block_size)
 
         def read():
-            state = model.get_initial_state(1)
+            state = first_state()
             for first in range(0, length, size):
                 hidden, state = run(ops.convert_to_tensor(ids[:, first : first + size]), state)
             return ops.convert_to_numpy(hidden)
 
-        return read
+        return Run(read, 1 + -(-WARMUP_CALLS * size // length) if on_torch() else 1)
 
     return at
 
 
 def train(args):
-    """A function of a length: a function that runs one train step and waits for the loss."""
+    """A function of a length: a `Run` of one train step that waits for the loss."""
     import keras
     from keras import ops
 
@@ -158,67 +200,140 @@ def train(args):
     def at(length):
         ids = np.random.default_rng(0).integers(0, vocabulary, (1, length + 1)).astype("int32")
         inputs = (ids[:, :-1], ids[:, 1:])
-        return lambda: float(whole.train_on_batch(inputs, np.zeros((1,), "float32"), return_dict=True)["loss"])
+        return Run(lambda: float(whole.train_on_batch(inputs, np.zeros((1,), "float32"), return_dict=True)["loss"]))
 
     return at
 
 
-def step_program(step, variables):
-    """A compiled `step(ids, state)`; on JAX the new state reuses the buffers of the old one."""
-    import keras
-
-    from keras_fam.ops.backend import compiled
-
-    if os.environ["KERAS_BACKEND"] == "torch":
-        return compiled(step, lambda: variables, record="anywhere")
-    import jax
-
-    def pure(values, state, ids):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return step(ids, state)
-
-    program = jax.jit(pure, donate_argnums=1)
-    return lambda ids, state: program([v.value for v in variables], state, ids)
-
-
 def decode(args):
-    """A function of a context length: a function that reads one token per row and waits for its logits."""
+    """A function of a context length: a `Run` that decodes `args.new` tokens a row and fetches them."""
+    return {"full": decode_full, "mistral": lambda args: mistral(args, "decode")}.get(args.system, decode_stream)(args)
+
+
+def decode_stream(args):
     import keras
     from keras import ops
 
-    model, rows = make_model(args, training=False), args.rows
-    ids = np.random.default_rng(0).integers(0, settings_of(args)["vocabulary_size"], (rows, 1)).astype("int32")
-    ids = ops.convert_to_tensor(ids)
+    import keras_fam
 
-    def logits(hidden):
-        return ops.cast(model.token_embedding(hidden[:, -1], reverse=True), "float32")
-
-    def over_cache(ids, state):
-        caches, position = state
-        hidden, caches = model.step(ids, caches, position)
-        return logits(hidden), (caches, position + 1)
-
-    def stream(ids, state):
-        hidden, state = model.advance(ids, state)
-        return logits(hidden), state
-
-    run = step_program(over_cache if args.system == "full" else stream, model.variables)
+    keras.utils.set_random_seed(0)
+    model = keras_fam.TransformerFAMCausalLM(make_model(args, training=False))
+    model.build()
+    settings = model.backbone.block_settings
 
     def at(length):
-        if args.system == "full":
-            held = (model.get_cache(rows, length + 64 * args.repeats), ops.convert_to_tensor(np.int32(length)))
-        else:  # a state has constant size, so one context represents all; this one has full segments
-            held = model.get_initial_state(rows)
-            full = ops.full((rows,), model.block_settings["memory_segments"], "int32")
-            held = held._replace(position=held.position._replace(block_index=full))
+        stream = keras_fam.StreamingModel(model, args.rows)
+        state = model.get_initial_state(args.rows)  # a state has constant size: its keys may be zeros
+        blocks = ops.full((args.rows,), max(settings["memory_segments"], length // model.block_size), "int32")
+        state = state._replace(position=state.position._replace(block_index=blocks))
+        stream.set_state(state, next_logits=ops.zeros((args.rows, model.output_width)))
+        calls = 2 + -(-WARMUP_CALLS // args.new) if on_torch() else 1
+        return Run(lambda: stream.generate(max_new_tokens=args.new), calls, weight_bytes(model))
+
+    return at
+
+
+def decode_full(args):
+    """One program of all tokens on JAX, its caches reused; on torch one recorded graph a token."""
+    import keras
+    from keras import ops
+
+    from keras_fam.ops.backend import compiled
+
+    model = make_model(args, training=False)
+
+    def step(ids, caches, position):
+        hidden, caches = model.step(ids, caches, position)
+        logits = model.token_embedding(hidden[:, -1:], reverse=True)
+        return ops.cast(ops.argmax(logits, axis=-1), "int32"), caches, position + 1
+
+    def many(values, ids, caches, position):
+        with keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True))):
+            return ops.fori_loop(0, args.new, lambda i, carry: step(*carry), (ids, caches, position))
+
+    def program():
+        if on_torch():
+            run = compiled(step, lambda: model.variables, record="anywhere")
+
+            def decoded(*carry):
+                for _ in range(args.new):
+                    carry = run(*carry)
+                return carry
+
+            return decoded
+        import jax
+
+        run = jax.jit(many, donate_argnums=2)
+        return lambda *carry: run([v.value for v in model.variables], *carry)
+
+    run = program()
+
+    def at(length):
+        ids = ops.zeros((args.rows, 1), "int32")
+        held = (ids, model.get_cache(args.rows, length + args.new), ops.convert_to_tensor(np.int32(length)))
         held = keras.tree.map_structure(ops.copy, held)  # without shared buffers
 
         def read():
             nonlocal held
-            found, held = run(ids, held)
-            return ops.convert_to_numpy(found)
+            held = (held[0], held[1], ops.convert_to_tensor(np.int32(length)))
+            held = run(*held)
+            return ops.convert_to_numpy(held[0])
 
-        return read
+        return Run(read, 2 if on_torch() else 1, weight_bytes(model))
+
+    return at
+
+
+def mistral(args, task):
+    """Hugging Face's Mistral, run as its users do, eagerly: a sliding window of (m+1)·S keys and its own cache."""
+    import torch
+    from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+    s = settings_of(args)
+    device, window = ("cuda" if torch.cuda.is_available() else "cpu"), s["block_size"] * (s["memory_segments"] + 1)
+    config = MistralConfig(
+        vocab_size=s["vocabulary_size"],
+        hidden_size=s["hidden_dim"],
+        num_hidden_layers=s["num_layers"],
+        num_attention_heads=s["num_query_heads"],
+        num_key_value_heads=s["num_query_heads"],
+        intermediate_size=2 * s["intermediate_dim"] // 3,
+        sliding_window=window,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        model = MistralForCausalLM(config).eval().to(torch.bfloat16)
+    size = sum(p.nbytes for p in model.parameters())
+
+    def at(length):
+        length = min(length, 2 * window) if task == "decode" else length  # its cache holds one window
+        ids = torch.randint(0, s["vocabulary_size"], (args.rows, length), device=device)
+        held = {}
+
+        @torch.no_grad()
+        def read():
+            held["cache"] = DynamicCache(config=config)
+            for first in range(0, length, window):
+                piece = ids[:, first : first + window]
+                out = model(piece, past_key_values=held["cache"], use_cache=True, logits_to_keep=1)
+            held["next"] = out.logits[:, -1:].argmax(-1)
+            return held["next"].cpu()
+
+        @torch.no_grad()
+        def go_on():
+            for _ in range(args.new):
+                out = model(held["next"], past_key_values=held["cache"], use_cache=True)
+                held["next"] = out.logits[:, -1:].argmax(-1)
+            return held["next"].cpu()
+
+        if task == "prefill":
+            return Run(read, 2)
+        read()
+        return Run(go_on, 2, size)
 
     return at
 

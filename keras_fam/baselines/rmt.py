@@ -26,7 +26,7 @@ from keras_fam.ops.backend import indices
 from keras_fam.ops.ragged import gather
 from keras_fam.ops.random import fold_in
 from keras_fam.ops.rope import rotate
-from keras_fam.ops.scan import branch, scan
+from keras_fam.ops.scan import scan
 from keras_fam.state import StreamState, advance_position, broadcast_position, where_rows
 
 TOP_SEED = 7  # behind the seeds that the bottom layer uses for its memory rows
@@ -49,7 +49,7 @@ class RMTBlock(TransformerFAMBlock):
         if not chunk.num_updates:
             return memory, state, write_rows
         if chunk.one_block:  # decoding: mostly, no block is completed
-            return memory, state, branch(ops.any(chunk.completed > 0), write, lambda: write_rows)
+            return memory, state, chunk.on_completion(write, lambda: write_rows)
         return memory, state, write()
 
     def _write(self, state, key, value, write_rows, seed):
@@ -116,16 +116,16 @@ class RMTBackbone(TransformerFAMBackbone):
         x, layers, written = self.run_layers(x, state, chunk, seed=seed, training=training, rows_below=memory)
         if not chunk.keep_state:
             return x, None
-        layers = self._feed_to_bottom(layers, written, chunk.completed, state.position.fresh, seed)
+        layers = self._feed_to_bottom(layers, written, chunk, state.position.fresh, seed)
         return x, shard_state(StreamState(advance_position(state.position, chunk, 1), tuple(layers)))
 
-    def _feed_to_bottom(self, layers, written, completed, fresh, seed):
+    def _feed_to_bottom(self, layers, written, chunk, fresh, seed):
         """The layers' states with the read rows of a new memory, in the rows whose block was filled.
 
         Args:
             layers: a list of `LayerState` after the tokens.
             written: `[B, F, D]`, what the top layer wrote.
-            completed: int32 `[B]` (or `[1]`), 0 or 1.
+            chunk: the `Chunk`, within one block.
             fresh: bool `[B]` (or `[1]`), rows that have written no memory before.
             seed: None, or an integer tensor `[2]` for noise.
         """
@@ -137,9 +137,9 @@ class RMTBackbone(TransformerFAMBackbone):
             for block in self.blocks:
                 new.append((rows, *block.attention.memory_key_value(block.pre_norm(rows))))
                 rows = block.forward_rows(rows)
-            return where_rows(completed > 0, new, held)
+            return where_rows(chunk.completed > 0, new, held)
 
-        rows = branch(ops.any(completed > 0), read_rows, lambda: held)
+        rows = chunk.on_completion(read_rows, lambda: held)
         return [
             layer._replace(fam=fam, fam_key=key, fam_value=value)
             for layer, (fam, key, value) in zip(layers, rows, strict=True)

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_fam.ops import ragged
 from keras_fam.ops.backend import indices
+from keras_fam.ops.scan import branch
 
 ALIGNMENTS = ("initial", "block", "unaligned")
 
@@ -26,6 +27,8 @@ class Chunk(NamedTuple):
         num_updates: how many of them may be completed, and their memory be of use.
         position: int32 `[T]` or `[B, T]`, positions of the tokens, counted from the start of the row's first block.
         completed: int32 `[B]` (or `[1]`), how many blocks each row completes.
+        completes: of a chunk within one block: None, or whether some row completes it, where that is known when the
+            program is made.
     """
 
     block_size: int
@@ -38,6 +41,7 @@ class Chunk(NamedTuple):
     num_updates: Any
     position: Any
     completed: Any
+    completes: bool | None = None
 
     @property
     def aligned(self):
@@ -53,6 +57,22 @@ class Chunk(NamedTuple):
     def one_block(self):
         """Whether the chunk lies within one block, as in decoding: mostly, no block is completed."""
         return self.positional and self.num_blocks == 1
+
+    @property
+    def some_row_completes(self):
+        """bool scalar: whether the block of some row is complete after the chunk."""
+        return ops.any(self.completed > 0)
+
+    def known(self, completes):
+        """The chunk, of one block, in a program for calls in which some row completes it (True), or none does."""
+        completed = self.completed if completes else ops.zeros(ops.shape(self.completed), "int32")
+        return self._replace(completes=completes, completed=completed)
+
+    def on_completion(self, some, none):
+        """`some()` if a row completes its block with this chunk, of one block, else `none()`; only one is computed."""
+        if self.completes is None:
+            return branch(self.some_row_completes, some, none)
+        return some() if self.completes else none()
 
     @property
     def taken(self):

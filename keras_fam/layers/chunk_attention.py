@@ -22,8 +22,7 @@ from keras_fam.layers.memory_scan import memory_ages
 from keras_fam.ops import block_layout, masks
 from keras_fam.ops.attention import attend_blocks, attend_slots
 from keras_fam.ops.key_bias import KeyBias
-from keras_fam.ops.rope import rotate
-from keras_fam.ops.scan import branch
+from keras_fam.ops.rope import rotate, rotate_whole
 from keras_fam.state import where_rows
 
 _local = threading.local()
@@ -80,17 +79,21 @@ def project_tokens(layer, x, state, position, chunk):
 
     Returns:
         `(query, keys, values)`: `[B, T, N, H]`, scaled and rotated by place in block (of a positional chunk: in the
-        row's first block), and `[B, m+n, S, K, H]` each, rotated by place in block: the m held blocks and the n blocks
-        of the chunk, the first of which may hold tokens of earlier calls.
+        row's first block; of one token: `[B, 1, m+1, N, H]`, rotated for each block that it reads), and
+        `[B, m+n, S, K, H]` each, rotated by place in block: the m held blocks and the n blocks of the chunk, the first
+        of which may hold tokens of earlier calls.
     """
     attention = layer.attention_layer()
     S, m = attention.block_size, attention.memory_segments
     normed = layer.pre_norm(x)
     query, (key, value) = attention.project_query(normed), attention.project_key_value(normed)
+    if chunk.one_block:
+        query, key = _rotate_token(attention, query, key, chunk.position)
+    else:
+        table = attention.positions.tokens(ops.mod(chunk.position, S))
+        query = rotate(query, attention.positions.tokens(chunk.position) if chunk.positional else table)
+        key = rotate(key, table)
     key, value = chunk.zero_padding(key), chunk.zero_padding(value)  # a bias makes keys of zeros
-    table = attention.positions.tokens(ops.mod(chunk.position, S))
-    query = rotate(query, attention.positions.tokens(chunk.position) if chunk.positional else table)
-    key = rotate(key, table)
     if chunk.aligned:
         keys, values = (
             block_layout.with_segments(held, block_layout.to_blocks(new, S, chunk.num_blocks), m, S)
@@ -102,6 +105,17 @@ def project_tokens(layer, x, state, position, chunk):
             for held, new in ((state.key, key), (state.value, value))
         )
     return query, keys, values
+
+
+def _rotate_token(attention, query, key, place):
+    """Query and key of one token per row: the query for each of the m+1 blocks that it reads, `[B, 1, m+1, N, H]`, the
+    key by its place, `[B, 1, K, H]`; in one rotation for all."""
+    m, heads = attention.memory_segments, attention.num_query_heads
+    table = attention.positions.window(place, m)
+    if table is None:
+        return ops.repeat(ops.expand_dims(query, 2), m + 1, axis=2), key
+    turned = rotate_whole(ops.expand_dims(ops.concatenate([query, key], axis=2), 2), table)
+    return turned[:, :, :, :heads], turned[:, :, m, heads:]
 
 
 class Rows(NamedTuple):
@@ -196,7 +210,7 @@ def keep_keys(attention, state, keys, values, chunk):
 
     if chunk.one_block:  # mostly, no block is completed and nothing moves
         in_place = lambda: tuple(map(block_layout.to_slots, (keys, values)))  # noqa: E731
-        key, value = branch(ops.any(chunk.completed > 0), shifted, in_place)
+        key, value = chunk.on_completion(shifted, in_place)
     else:
         key, value = shifted()
     return state._replace(key=key, value=value)
@@ -253,14 +267,19 @@ def _attend_positions(attention, query, keys, values, rows, position, chunk):
     S, m, num_blocks = attention.block_size, attention.memory_segments, chunk.num_blocks
     token = ops.expand_dims(chunk.position, -1)  # [B, T, 1]
     places = ops.convert_to_tensor(np.arange(-m * S, num_blocks * S, dtype="int32"))
-    mask = attention.visible(token, places)
+    mask = attention.visible(token, places, own_block=0 if chunk.one_block else None)
     mask = ops.logical_and(mask, masks.exists(places, position.block_index[:, None, None], S))
-    block = ops.convert_to_tensor(np.arange(-m, num_blocks, dtype="int32"))
-    own = ops.equal(ops.floor_divide(token, S), block)  # [B, T, m+n]
+    block = np.arange(-m, num_blocks, dtype="int32")
+    if chunk.one_block:
+        own = ops.convert_to_tensor(np.equal(0, block)[None, None])
+    else:
+        own = ops.equal(ops.floor_divide(token, S), ops.convert_to_tensor(block))  # [B or 1, T, m+n]
     if rows is not None:  # those of each token's own block
         count = rows.key.shape[2]
         seen = ops.ones((1, 1, 1, count), "bool") if rows.seen is None else ops.expand_dims(rows.seen, 1)
-        seen = ops.logical_and(ops.expand_dims(own[:, :, m:], -1), seen)  # [B, T, n, R]
+        if not chunk.one_block:
+            seen = ops.logical_and(ops.expand_dims(own[:, :, m:], -1), seen)  # [B, T, n, R]
+        seen = ops.broadcast_to(seen, (*ops.shape(mask)[:2], num_blocks, count))
         mask = ops.concatenate([ops.reshape(seen, (*ops.shape(mask)[:2], num_blocks * count)), mask], axis=-1)
     return attend_slots(
         query,
@@ -270,7 +289,7 @@ def _attend_positions(attention, query, keys, values, rows, position, chunk):
         mask,
         segments=m,
         own=own,
-        back=attention.positions.back,
+        back=None if chunk.one_block else attention.positions.back,
         **attention.softmax_settings,
         bias=None if rows is None else rows.bias,
         stop_gradient=attention.stop_memory_gradient,

@@ -344,7 +344,7 @@ class FeedbackAttention(RecurrentLayer):
         table = self.positions.sinks(self.memory_segments, self.attention_sinks)
         return rotate(state.sink_key, table), state.sink_value
 
-    def visible(self, query, key):
+    def visible(self, query, key, own_block=None):
         """Whether tokens at int positions `query` see those at `key`; see `keras_fam.ops.masks.visible`."""
         return masks.visible(
             query,
@@ -352,6 +352,7 @@ class FeedbackAttention(RecurrentLayer):
             block_size=self.block_size,
             memory_segments=self.memory_segments,
             attention_window=self.attention_window,
+            own_block=own_block,
         )
 
     # Around the attention ---------------------------------------------------------------------------------------

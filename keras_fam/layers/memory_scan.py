@@ -16,7 +16,7 @@ from keras_fam.ops.attention import attend
 from keras_fam.ops.backend import indices
 from keras_fam.ops.random import fold_in
 from keras_fam.ops.rope import rotate
-from keras_fam.ops.scan import branch, scan
+from keras_fam.ops.scan import scan
 from keras_fam.state import where_rows
 
 
@@ -93,7 +93,9 @@ def scan_memory(layer, state, position, keys, values, chunk, *, seed=None, rows_
         reads, after, rows_above = _update_at_once(layer, first, inputs(), chunk, sinks)
     else:
         reads, after, rows_above = _update_in_turn(layer, position, first, inputs(), chunk, sinks)
-    if layer.initial_fam == "summary":
+    if layer.initial_fam == "summary" and chunk.completes is False:
+        after = state.fam, state.fam_key, state.fam_value
+    elif layer.initial_fam == "summary":
         after = where_rows(chunk.completed > 0, after, (state.fam, state.fam_key, state.fam_value))
     return reads, state._replace(**dict(zip(("fam", "fam_key", "fam_value"), after, strict=True))), rows_above
 
@@ -209,7 +211,7 @@ def _update_once(layer, position, first, inputs, chunk, sinks, rows_below):
         new, written = _step(layer, memory, x, project, sinks)
         return (new.fam, new.key, new.value) + ((written,) if anchored else ())
 
-    fam, key, value, *written = branch(ops.any(chunk.completed > 0), update, lambda: before)
+    fam, key, value, *written = chunk.on_completion(update, lambda: before)
     if chunk.num_blocks == 1:
         reads = tuple(ops.expand_dims(part, 1) for part in first[1:])
     else:

@@ -7,6 +7,7 @@ from keras_fam.layers.chunk import make_chunk
 from keras_fam.layers.quantization import QuantizedSublayersMixin, check_training
 from keras_fam.ops import ragged
 from keras_fam.ops.backend import indices, wait_for
+from keras_fam.ops.scan import branch, branches_are_large
 from keras_fam.state import broadcast_position, check_finite, check_structure, map_specs, where_rows
 
 
@@ -118,7 +119,7 @@ class Recurrent(QuantizedSublayersMixin):
             return outputs
         return outputs, state._replace(position=broadcast_position(state.position, batch_size))
 
-    def advance(self, inputs, state, *, lengths=None, reset=None, aligned=False, training=False):
+    def advance(self, inputs, state, *, lengths=None, reset=None, aligned=False, completes=None, training=False):
         """The pure function behind every call: the next tokens in, outputs and the next state out.
 
         Args:
@@ -127,6 +128,8 @@ class Recurrent(QuantizedSublayersMixin):
             lengths: None, or int32 `[B]`: how many of the T tokens exist in each row (the first ones).
             reset: None, or bool `[B]`: rows that are reset before these tokens.
             aligned: a promise that every row with tokens stands at the start of a block; saves work.
+            completes: of one token alone: None, or a promise to a compiled loop that decodes. False: no row completes
+                its block with this token, so that nothing of that is in the program. True: some row may.
             training: whether dropout and noise are applied.
 
         Returns:
@@ -145,8 +148,8 @@ class Recurrent(QuantizedSublayersMixin):
             state = where_rows(ops.cast(reset, "bool"), self.get_initial_state(ops.shape(x)[0]), state)
         if lengths is not None:
             lengths = ops.clip(ops.cast(lengths, "int32"), 0, ops.shape(x)[1])
-        before = state
-        outputs, state = self._forward(x, state, "block" if aligned else "unaligned", lengths, training)
+        alignment, before = "block" if aligned else "unaligned", state
+        outputs, state = self._forward(x, state, alignment, lengths, training, completes=completes)
         if lengths is not None and aligned:  # a row without tokens may stand within a block
             state = where_rows(lengths > 0, state, before)
         if lengths is not None:
@@ -154,9 +157,17 @@ class Recurrent(QuantizedSublayersMixin):
             outputs = ragged.zero_rows(outputs, real)
         return outputs, state
 
-    def _forward(self, x, state, alignment, lengths, training, keep_state=True):
+    def _forward(self, x, state, alignment, lengths, training, keep_state=True, completes=None):
         chunk = make_chunk(x, state.position, self.block_size, alignment, lengths=lengths, keep_state=keep_state)
-        return self.read(x, state, chunk, training=bool(training))
+        if not chunk.one_block:
+            return self.read(x, state, chunk, training=bool(training))
+        if completes is not None:
+            return self.read(x, state, chunk.known(completes), training=bool(training))
+        if training or not branches_are_large():  # in training, a seed is taken within `read`
+            return self.read(x, state, chunk, training=bool(training))
+        # One branch around all layers in place of two in each of them: on a GPU each waits for the device.
+        sides = [lambda known=known: self.read(x, state, chunk.known(known)) for known in (True, False)]
+        return branch(chunk.some_row_completes, *sides)
 
     def compute_output_spec(self, inputs, padding_mask=None, initial_state=None, return_state=False, **kwargs):
         x, _ = self.check_inputs(inputs)

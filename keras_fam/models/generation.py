@@ -4,8 +4,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.streaming.generation import check_count, find_sampler, pad_rows, read_prompt, start_call
-from keras_fam.streaming.sampling import choose
+from keras_fam.streaming.generation import (
+    check_count,
+    continue_rows,
+    find_sampler,
+    pad_rows,
+    read_prompt,
+    start_call,
+)
 from keras_fam.streaming.streaming_model import StreamingModel
 from keras_fam.streaming.text import as_texts, detokenize, find_stop_tokens, find_tokenizer, is_one_text
 
@@ -118,7 +124,7 @@ def _complete(model, prompts, max_lengths, stops, strip_prompt):
         stream = StreamingModel(model, len(prompts))
         call = start_call(find_sampler(model.sampler), None, max(room))
         read_prompt(stream, prompts, None)
-        tokens, kept = choose(stream, max(room), call, stops)
+        tokens, kept = continue_rows(stream, max(room), call, stops)
         new = [row[:n].tolist() for row, n in zip(tokens, np.minimum(kept, room), strict=True)]
     if strip_prompt:
         return new

@@ -298,7 +298,8 @@ def attend_slots(
     Each query is rotated once per block that it may read, so that stored keys stay as they are.
 
     Args:
-        query: `[B, T, N, H]`, scaled and rotated by place in the row's first block (0 … S+T−1).
+        query: `[B, T, N, H]`, scaled and rotated by place in the row's first block (0 … S+T−1); without `back`,
+            `[B, T, m+n, N, H]`, rotated for each block.
         keys: `[B, m+n, S, K, H]`, rotated by place in block.
         values: `[B, m+n, S, K, H]`.
         memory_key: None or `[B, n, P·F, K, H]`.
@@ -306,7 +307,7 @@ def attend_slots(
         mask: bool `[B, T, n·P·F + (m+n)·S]`, memories first.
         segments: m.
         own: bool `[B, T, m+n]`, which block is a token's own; read for `stop_gradient` only.
-        back: as in `attend_blocks`; takes an array of distances.
+        back: as in `attend_blocks`; takes an array of distances. Or None.
         softcap: see `attend`.
         bias: see `attend_blocks`.
         sink: see `attend`.
@@ -316,8 +317,10 @@ def attend_slots(
         `[B, T, N, H]`.
     """
     num_blocks, block_size, kv_heads = keys.shape[1:4]
-    query = rotate(ops.expand_dims(query, 2), back([j - segments for j in range(num_blocks)]))
-    query = split_heads(ops.broadcast_to(query, (*ops.shape(query)[:2], num_blocks, *query.shape[3:])), kv_heads)
+    if back is not None:
+        query = rotate(ops.expand_dims(query, 2), back([j - segments for j in range(num_blocks)]))
+        query = ops.broadcast_to(query, (*ops.shape(query)[:2], num_blocks, *query.shape[3:]))
+    query = split_heads(query, kv_heads)
 
     def per_block(x):  # [B, K, G, T, J, W] to [B, K, G, T, J·W]
         return ops.reshape(x, (*ops.shape(x)[:4], x.shape[4] * x.shape[5]))
@@ -362,10 +365,19 @@ def attend_slots(
 def _products(query, keys):
     """`[B, T, J, K, G, H]` over `[B, J, S, K, H]` to `[B, K, G, T, J, S]`.
 
-    For a batched product torch copies all keys, heads first, which on a CPU takes ten times as long as the products of
-    one query: few queries are multiplied as the keys lie. (XLA reads keys as they lie anyway.)
+    For a batched product torch copies all keys, heads first, which takes ten times as long as the products of one
+    query: few queries are multiplied as the keys lie. (XLA reads keys as they lie anyway.) Those of one token of one
+    row are a matrix product with the keys of all blocks, of which those of each query's block are taken.
     """
-    on_cpu = keras.backend.backend() == "torch" and query.device.type == "cpu"
+    torch = keras.backend.backend() == "torch"
+    if torch and query.shape[:2] == (1, 1):
+        blocks, size, kv_heads, width = keys.shape[1:]
+        rows = ops.reshape(ops.transpose(query[0, 0], (1, 0, 2, 3)), (kv_heads, -1, width))  # [K, J·G, H]
+        found = ops.matmul(rows, ops.reshape(ops.transpose(keys[0], (2, 3, 0, 1)), (kv_heads, width, -1)))
+        found = ops.reshape(found, (kv_heads, blocks, -1, blocks, size))
+        found = found[:, 0] if blocks == 1 else ops.transpose(ops.diagonal(found, axis1=1, axis2=3), (0, 1, 3, 2))
+        return ops.reshape(found, (1, kv_heads, -1, 1, blocks, size))
+    on_cpu = torch and query.device.type == "cpu"
     if on_cpu and query.shape[1] * query.shape[4] <= 4 and query.dtype.itemsize >= 4:
         found = ops.sum(ops.expand_dims(query, 3) * keys[:, None, :, :, :, None], axis=-1)
         return ops.transpose(found, (0, 4, 5, 1, 2, 3))

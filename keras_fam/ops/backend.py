@@ -1,5 +1,5 @@
 """What Keras has no single call for. Backend branches live here, in `scan.py` and in `attention.py`, and what is for
-torch alone in `torch_graph.py`; nowhere else."""
+torch alone in `torch_graph.py` and `torch_loop.py`; nowhere else."""
 
 import contextlib
 import threading
@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_fam.ops.torch_graph import WARMUP_CALLS, WARMUP_CALLS_LARGE, TracedFunction, is_tracing
+from keras_fam.ops.torch_loop import TOKENS_PER_LAUNCH, TokenLoop, capture_cuda_graph
 
 
 def is_eager(x):
@@ -141,7 +142,7 @@ def remat(function, variables):
     return with_values
 
 
-def compiled(function, variables, *, record=None):
+def compiled(function, variables, *, record=None, warmup_calls=None):
     """A compiled form of a function of tensors that reads `variables` and is not differentiated.
 
     Compiled once per combination of input shapes (JAX, TensorFlow); on torch it runs eagerly without autograd.
@@ -153,6 +154,7 @@ def compiled(function, variables, *, record=None):
             calls, since calling its operations takes longer than computing them; `"gpu"`, on a GPU alone, where that
             also holds for many blocks, and after more calls. A traced function has no effects, draws no random numbers
             and does not loop over values.
+        warmup_calls: None, or how many calls that is.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -174,9 +176,61 @@ def compiled(function, variables, *, record=None):
     import torch
 
     if record == "anywhere" or (record == "gpu" and platform() == "gpu"):
-        calls = WARMUP_CALLS if record == "anywhere" else WARMUP_CALLS_LARGE
+        calls = warmup_calls or (WARMUP_CALLS if record == "anywhere" else WARMUP_CALLS_LARGE)
         return torch.no_grad()(_remade(lambda: TracedFunction(function, variables(), calls), variables))
     return torch.no_grad()(function)
+
+
+def token_loop(step_of, variables):
+    """torch: a function that returns the `TokenLoop` of recorded steps, made again when variables were replaced.
+
+    Args:
+        step_of: function of a kind that returns a step, see `TokenLoop`.
+        variables: see `compiled`.
+    """
+
+    def make():
+        now = variables()
+        steps = {"step_of": lambda kind: TracedFunction(step_of(kind), now, in_place=True)}
+        if platform() == "gpu":
+            steps |= {"capture": capture_cuda_graph, "tokens_per_launch": TOKENS_PER_LAUNCH}
+        loop = TokenLoop(**steps)
+        return lambda: loop
+
+    return _remade(make, variables)
+
+
+def categorical(logits, seed):
+    """A random column of every row, int32 `[B]`, each as likely as softmax(logits) says.
+
+    On torch, Keras' sampler reads the seed on the host, which no graph can hold. So torch draws one number per row by
+    hashing the seed, and takes the column in which it falls.
+
+    Args:
+        logits: float `[B, V]`.
+        seed: int32 `[2]`.
+    """
+    if keras.backend.backend() != "torch":
+        return keras.random.categorical(logits, 1, dtype="int32", seed=GivenSeed(seed))[:, 0]
+    import torch
+
+    logits = ops.convert_to_tensor(logits)
+    seed = ops.convert_to_tensor(seed).to(logits.device, torch.int64)
+    row = torch.arange(logits.shape[0], device=logits.device)
+    drawn = _hash(seed[0] ^ _hash((seed[1] + 0x9E3779B9 * (row + 1)) & 0xFFFFFFFF))
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    below = torch.cumsum(torch.softmax(logits.to(wide), dim=-1), dim=-1)
+    drawn = (drawn.to(wide) + 0.5) / 2**32 * below[:, -1]
+    return (below <= drawn[:, None]).sum(dim=-1).to(torch.int32)
+
+
+def _hash(x):
+    """torch: 32 well-mixed bits of the low 32 bits of int64 numbers."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = x ^ (x >> shift)
+        x = (x * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def _remade(make, variables):

@@ -6,7 +6,7 @@ they may be NumPy arrays or tensors, of shapes that broadcast.
 """
 
 
-def visible(query, key, *, block_size, memory_segments, attention_window=None):
+def visible(query, key, *, block_size, memory_segments, attention_window=None, own_block=None):
     """Whether a token sees another: its own block up to itself, and the blocks before that stay visible.
 
     Args:
@@ -16,11 +16,12 @@ def visible(query, key, *, block_size, memory_segments, attention_window=None):
         memory_segments: m, previous blocks that a token sees.
         attention_window: None, or how many keys a token sees at most, itself included (plain sliding window,
             Transformer-XL).
+        own_block: None, or the position at which the block of all queries begins, if that is known.
 
     Returns:
         bool, of the shape that `query` and `key` broadcast to.
     """
-    own_block = query // block_size * block_size
+    own_block = query // block_size * block_size if own_block is None else own_block
     seen = (key <= query) & (key >= own_block - memory_segments * block_size)
     if attention_window is not None:
         seen = seen & (key > query - attention_window)

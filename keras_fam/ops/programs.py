@@ -55,16 +55,19 @@ def programs_of(model) -> ProgramCache:
     return vars(model).setdefault("_programs_of_streams", ProgramCache())  # past Keras' tracking of attributes
 
 
-def small_step(model, name: str, function, *details):
+def small_step(model, name: str, function, *details, warmup_calls=None):
     """A function of tensors that a compiled loop calls: unchanged, except on torch, where it runs from a traced graph.
 
     Args:
         model: the model whose variables it reads, which keeps the graph.
         name, *details: what tells it from other functions of the model.
+        warmup_calls: see `compiled`. More than the default where the loop's step itself may be traced before.
         function: see `compiled`.
     """
     if not runs_eagerly():
         return function
     return programs_of(model).get(
-        name, *details, make=lambda: compiled(function, lambda: model.variables, record="anywhere")
+        name,
+        *details,
+        make=lambda: compiled(function, lambda: model.variables, record="anywhere", warmup_calls=warmup_calls),
     )

@@ -111,7 +111,7 @@ def rotate(x, table):
 
 
 def rotate_whole(x, table):
-    """`rotate` with tables made for whole heads (`BlockPositions.memory_heads`): few operations, for few rows."""
+    """`rotate` with tables made for whole heads (of `memory_heads`, `window`): few operations, for few rows."""
     cos, sin = table
     wide = ops.cast(x, cos.dtype)
     turned = wide * cos
@@ -175,6 +175,28 @@ class BlockPositions:
         if self.inverse is None:
             return None
         return tuple(ops.take(t, place, axis=0) for t in self._tokens)
+
+    def window(self, place, memory_segments):
+        """Tables for `rotate_whole` of one token per row, for each of the blocks that it reads.
+
+        Args:
+            place: int32 `[B, 1]`, the token's place in its block.
+            memory_segments: m.
+
+        Returns:
+            `(cos, sin)`, each `[B, 1, m+1, 1, …]`, of H and R features: the own block, which comes last, has the
+            rotation by the place, the one j blocks before that by `place + j·S`. None without rotation.
+        """
+        if self.inverse is None:
+            return None
+        cos, sin = (ops.expand_dims(ops.expand_dims(t, 2), 2) for t in self.tokens(place))
+        blocks = np.arange(memory_segments, -1, -1, dtype="float64")[:, None] * self.block_size
+        far_cos, far_sin = (ops.convert_to_tensor(t) for t in self._table(blocks))  # [m+1, 1, R/2]
+        cos, sin = cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
+        parts = [cos, cos]
+        if self.head_dim > 2 * len(self.inverse):
+            parts.append(ops.ones((*ops.shape(cos)[:-1], self.head_dim - 2 * len(self.inverse)), self.dtype))
+        return ops.concatenate(parts, axis=-1), ops.concatenate([-sin, sin], axis=-1)
 
     def back(self, blocks):
         """Rotation of keys that stand `blocks` (an int or an array of ints) blocks before where they were written."""

@@ -61,7 +61,7 @@ def branch(predicate, true, false):
     As `ops.cond`, but a predicate that can be read now is: JAX would compile both branches at every eager call.
     Inside `compute_both_branches` both are computed and one is selected.
     """
-    if getattr(_local, "both_branches", False):
+    if both_branches_are_computed():
         return keras.tree.map_structure(lambda a, b: ops.where(predicate, a, b), true(), false())
     if is_tracing():
         assume_false(predicate)
@@ -69,6 +69,30 @@ def branch(predicate, true, false):
     if is_eager(predicate):
         return true() if bool(predicate) else false()
     return ops.cond(predicate, true, false)
+
+
+def both_branches_are_computed():
+    """Whether this thread is inside of `compute_both_branches`."""
+    return getattr(_local, "both_branches", False)
+
+
+@contextlib.contextmanager
+def keep_branches_small():
+    """Inside, and in this thread alone, a model of layers branches within each of them, not around all.
+
+    For programs that are written to files: there, two sides of a branch around all layers are the model twice.
+    """
+    before = getattr(_local, "small_branches", False)
+    _local.small_branches = True
+    try:
+        yield
+    finally:
+        _local.small_branches = before
+
+
+def branches_are_large():
+    """Whether a branch may go around all layers: neither inside of `keep_branches_small` nor of both branches."""
+    return not (getattr(_local, "small_branches", False) or both_branches_are_computed())
 
 
 @contextlib.contextmanager

@@ -53,10 +53,11 @@ class TracedFunction:
         function: function of structures of tensors with a structure of tensors as result, without effects.
         variables: the `keras.Variable`s that it reads; they may be assigned to, but not replaced.
         calls_before: how many calls of one kind run as they are.
+        in_place: whether a graph may write into its arguments where the function makes a changed copy of one.
     """
 
-    def __init__(self, function, variables, calls_before=WARMUP_CALLS):
-        self.function, self.variables, self.graphs = function, variables, {}
+    def __init__(self, function, variables, calls_before=WARMUP_CALLS, *, in_place=False):
+        self.function, self.variables, self.graphs, self.in_place = function, variables, {}, in_place
         self.calls_before, self.calls = calls_before, collections.Counter()
 
     def __call__(self, *args):
@@ -65,7 +66,7 @@ class TracedFunction:
         leaves = keras.tree.flatten(args)
         if is_tracing() or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in leaves):
             return self.function(*args)  # inside of another recording, or of an export
-        kind = (len(args), *((x.shape, x.dtype, x.device) for x in leaves))
+        kind = self._kind_of_flat(leaves)
         found = self.graphs.get(kind)
         if found is None:
             self.calls[kind] += 1
@@ -77,10 +78,14 @@ class TracedFunction:
         if not found:
             return self.function(*args)
         graph, structure = found
-        outputs, wrong = graph(*leaves)
+        outputs, wrong = graph.forward(*leaves)
         if wrong is not None and bool(wrong):
             return self.function(*args)
         return keras.tree.pack_sequence_as(structure, outputs)
+
+    @staticmethod
+    def _kind_of_flat(leaves):
+        return tuple((x.shape, x.stride(), x.storage_offset(), x.dtype, x.device) for x in leaves)
 
     def _record(self, args, leaves):
         """`(graph, structure of the result)`, or () for a function that can't be recorded."""
@@ -102,7 +107,22 @@ class TracedFunction:
         except Exception:  # whatever torch can't record: the function is right, as its calls so far have shown
             return ()
         simplify(graph, {id(variable.value) for variable in self.variables})
+        if self.in_place:
+            write_into_arguments(graph)
+        merge_views(graph)
+        _make_attributes_plain(graph)
         return graph, structure
+
+    def recorded(self, leaves):
+        """The graph for such arguments, a function of the flat ones that returns the flat result.
+
+        None if there is none, or if a branch was left out of it.
+        """
+        found = self.graphs.get(self._kind_of_flat(leaves))
+        if not found or found[0].graph.output_node().args[0][1] is not None:
+            return None
+        run = found[0].forward
+        return lambda leaves: run(*leaves)[0]
 
 
 def simplify(module, changing):
@@ -138,6 +158,76 @@ def simplify(module, changing):
     module.recompile()
 
 
+def write_into_arguments(module):
+    """Lets a graph write into an argument where it writes into a copy of one that nothing else reads; in place."""
+    import torch
+
+    graph = module.graph
+    for node in list(graph.nodes):
+        source = node.args[0] if node.target is torch.ops.aten.clone.default else None
+        is_last = source is not None and source.op == "placeholder" and list(source.users) == [node]
+        if is_last and any(_writes_into(user, node) for user in node.users):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    module.recompile()
+
+
+def merge_views(module):
+    """Makes each view of a view a view of the tensor itself, so that those between are not made; in place.
+
+    Sizes, strides and offsets are those of the recording: a graph serves arguments that lie in memory in one way.
+    """
+    import torch
+
+    graph, made = module.graph, {}
+    arguments = graph.find_nodes(op="placeholder")
+    for node in [node for node in graph.nodes if _is_view(node)]:
+        source = next(x for x in _sharing(node) if not _is_view(x))
+        value, whole = node.meta.get("val"), source.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not isinstance(whole, torch.Tensor) or value.dtype != whole.dtype:
+            continue
+        if all(_is_view(user) for user in node.users):
+            continue
+        place = (source, tuple(value.shape), value.stride(), value.storage_offset())
+        if place not in made:
+            with graph.inserting_after(arguments[-1] if source.op == "placeholder" else source):
+                if source.op == "get_attr":  # made once: it shows what is later assigned to the variable
+                    name, whole = f"_view_{len(made)}", _attribute(module, source.target).detach()
+                    module.register_buffer(name, whole.as_strided(*place[1:]), persistent=False)
+                    made[place] = graph.get_attr(name)
+                else:
+                    made[place] = graph.call_function(torch.ops.aten.as_strided.default, place)
+        node.replace_all_uses_with(made[place], lambda user: not _is_view(user))
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _is_view(node):
+    """Whether a node is another view of its first argument's memory, or a list of such, or an item of such a list."""
+    import torch
+
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return _is_view(node.args[0])
+    if node.target is torch.ops.aten._unsafe_view.default:  # of a tensor that nothing else reads
+        return True
+    return not schema.is_mutable and any(part.alias_info is not None for part in schema.returns)
+
+
+def _writes_into(user, node):
+    schema = getattr(user.target, "_schema", None)
+    return schema is not None and schema.is_mutable and user.args[0] is node
+
+
+def _make_attributes_plain(module):
+    """Lets Python find a module's tensors without the search through parameters and buffers."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        if "." not in node.target:
+            vars(module)[node.target] = getattr(module, node.target)
+
+
 def _attribute(module, path):
     for name in path.split("."):
         module = getattr(module, name)
@@ -163,8 +253,8 @@ def _sharing(node):
     while True:
         yield node
         schema = getattr(node.target, "_schema", None)
-        view = schema is not None and any(part.alias_info is not None for part in schema.returns)
-        if node.op != "call_function" or not (view or schema is None):  # without a schema: an item of a list
+        written = schema is not None and schema.is_mutable
+        if not (_is_view(node) or (written and any(part.alias_info is not None for part in schema.returns))):
             return
         node = node.args[0]
 

@@ -1,8 +1,8 @@
 """Generation: a stream chooses its next tokens with a sampler, reads them, and stays where it then stands.
 
-Tokens are sampled on a copy of the state, in one compiled loop; then the chosen ones are read like any other chunk. On
-torch, where nothing is gained by one loop, a stream reads each token when it is chosen, if the sampler permits. Either
-way, state, position and logits of the stream are those of `predict` on the whole text, however it came about.
+A sampler that chooses tokens one by one is part of the program that reads them (`decoding.py`), many tokens at a time.
+Searches run on a copy of the state; then the chosen tokens are read like any other chunk. Either way, state, position
+and logits of the stream are those of `predict` on the whole text, however it came about.
 """
 
 import contextlib
@@ -11,12 +11,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import compiled, runs_eagerly
-from keras_fam.ops.programs import programs_of, small_step
 from keras_fam.ops.token_ids import check_ids_of
+from keras_fam.streaming.decoding import decode
 from keras_fam.streaming.hub_samplers import HubSamplerCall, find_hub_sampler
 from keras_fam.streaming.samplers import NAMES, Sampler
-from keras_fam.streaming.sampling import SamplerCall, choose
+from keras_fam.streaming.sampling import SamplerCall, search
 from keras_fam.streaming.text import TextPieces, as_texts, detokenize, find_stop_tokens, is_one_text, tokenize
 
 
@@ -34,8 +33,8 @@ class StreamGeneration:
         ```
 
         Compiled once per power of two of `max_new_tokens` and per sampler (contrastive: per number). The cost is one
-        one-token step per token for as long as some row has not stopped, and (but on torch with a sampler that chooses
-        one token at a time) reading the chosen tokens once more, as a chunk.
+        one-token step per token for as long as some row has not stopped, all in one program (on torch: in recorded
+        steps, on a GPU in CUDA graphs of several steps). Beam and contrastive search read what they chose once more.
 
         Args:
             prompt: None, int `[B, P]` token ids, a list of B lists of ids (empty ones read nothing), or B strings (one
@@ -66,12 +65,7 @@ class StreamGeneration:
             call = start_call(found, seed, max_new_tokens)
             with _undone_on_failure(call):
                 text = read_prompt(self, prompt, lengths)
-                if runs_eagerly() and call.stepwise:
-                    tokens = np.stack(list(_steps(self, max_new_tokens, call, stops)), axis=1)
-                    kept = (tokens >= 0).sum(axis=1)
-                else:
-                    tokens, kept = choose(self, max_new_tokens, call, stops)
-                    self._read(tokens, kept, keep=False)
+                tokens, kept = continue_rows(self, max_new_tokens, call, stops)
         rows = [row[:n].tolist() for row, n in zip(tokens, kept, strict=True)]
         if text:
             rows = [detokenize(self.model, row) for row in rows]
@@ -79,7 +73,15 @@ class StreamGeneration:
         return rows
 
     def generate_stream(
-        self, prompt=None, *, max_new_tokens, sampler="greedy", stop_token_ids=None, lengths=None, seed=None
+        self,
+        prompt=None,
+        *,
+        max_new_tokens,
+        sampler="greedy",
+        stop_token_ids=None,
+        lengths=None,
+        seed=None,
+        group_size=1,
     ):
         """`generate`, token by token.
 
@@ -94,6 +96,10 @@ class StreamGeneration:
         and the stream continues from there. The same seed gives the tokens of `generate`.
 
         Args: those of `generate`, with a sampler that chooses tokens one by one: all but beam and contrastive search.
+            group_size: how many tokens are made at a time, before they come one by one: 1 by default. A group is one
+                program, which costs less per token, above all on a GPU; its first token comes with its last. While a
+                group comes out, the stream stands behind it; a loop that ends early puts the stream back behind the
+                last token that it was given (unless something else has moved the stream since).
 
         Returns:
             An iterator. If ids came in (or no prompt): of NumPy int32 `[B]`, −1 in rows that have ended. If strings
@@ -106,6 +112,7 @@ class StreamGeneration:
                 stood after the step before.
         """
         check_count("max_new_tokens", max_new_tokens)
+        check_count("group_size", group_size)
         stops = find_stop_tokens(self.model, stop_token_ids)
         found = find_sampler(sampler)
         with self._lock, _all_or_nothing(self):
@@ -118,7 +125,7 @@ class StreamGeneration:
                         f"{type(found).__name__}. Use `generate`, or a greedy, random, top-k or top-p sampler."
                     )
                 text = read_prompt(self, prompt, lengths)
-        steps = _steps(self, max_new_tokens, call, stops)
+        steps = _steps(self, max_new_tokens, call, stops, group_size)
         return _pieces(self, steps, is_one_text(prompt)) if text else steps
 
 
@@ -137,37 +144,53 @@ def _pieces(stream, steps, single):
         yield pieces[0] if single else pieces
 
 
-def _steps(stream, count, call, stops):
-    model = stream.model
-    read = small_step(model, "read_rows", lambda ids, state, alive: model.advance(ids, state, lengths=alive))
+def continue_rows(stream, count, call, stops):
+    """Lets a stream go on by up to `count` tokens per row.
 
-    def make():
-        choose = call.chooser()
+    Returns:
+        `(tokens, kept)`: NumPy int32 `[B, count]`, and int `[B]`, how many of them each row has read.
+    """
+    if not call.stepwise:
+        tokens, kept = search(stream, count, call, stops)
+        stream._read(tokens, kept, keep=False)
+        return tokens, kept
+    tokens, seeds, state, logits = decode(stream, count, call, stops)
+    kept = (tokens >= 0).sum(axis=1)
+    call.commit(seeds)
+    stream._state, stream.next_logits, stream.position = state, logits, stream.position + kept
+    return tokens, kept
 
-        def step(seeds, state, logits, alive):
-            token, seeds = choose(logits, seeds)
-            outputs, state = read(ops.expand_dims(token, 1), state, alive)
-            going = alive > 0
-            after = ops.where(ops.expand_dims(going, 1), ops.cast(outputs[:, 0], logits.dtype), logits)
-            return ops.where(going, token, -1), seeds, state, after
 
-        return compiled(step, lambda: model.variables)
-
+def _steps(stream, count, call, stops, group_size):
+    """The tokens `[B]` of every step, made `group_size` at a time."""
     alive = np.ones(stream.batch_size, "int32")
-    for _ in range(count):
+    for first in range(0, count, group_size):
         with stream._lock:
             stream._refuse_while_training()
-            run = programs_of(model).get("step", *call.key, make=make)
-            token, seeds, state, logits = run(
-                call.seeds, stream.state, stream.next_logits, ops.convert_to_tensor(alive)
-            )
-            token = np.array(ops.convert_to_numpy(token))
+            before = stream._state, stream.next_logits, stream.position
+            tokens, seeds, state, logits = decode(stream, min(group_size, count - first), call, stops, alive)
             call.commit(seeds)
-            stream._state, stream.next_logits, stream.position = state, logits, stream.position + alive
-        alive = alive * ~np.isin(token, stops)
-        yield token
+            position = stream.position + (tokens >= 0).sum(axis=1)
+            stream._state, stream.next_logits, stream.position = state, logits, position
+        tokens = tokens[:, : int((tokens >= 0).sum(axis=1).max())]  # all rows may have ended
+        given = 0
+        try:
+            for given in range(1, tokens.shape[1] + 1):
+                yield tokens[:, given - 1].copy()
+        finally:
+            if given < tokens.shape[1]:
+                _put_back(stream, state, before, tokens[:, :given])
+        alive = alive * ~np.isin(tokens, stops).any(axis=1)
         if not alive.any():
             return
+
+
+def _put_back(stream, state, before, tokens):
+    """Lets a stream stand behind the first tokens of a group, if it still stands behind the whole group."""
+    with stream._lock:
+        if stream._state is state and not stream._trains:
+            stream._state, stream.next_logits, stream.position = before
+            stream._read(np.maximum(tokens, 0), (tokens >= 0).sum(axis=1), keep=False)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import GivenSeed
+from keras_fam.ops.backend import categorical
 
 _drawing = threading.Lock()
 
@@ -67,7 +67,7 @@ class Sampler:
 
     def draw(self, logits, seed):
         """A random token of every row, int32 `[B]`: each as likely as softmax(logits / temperature) says."""
-        return keras.random.categorical(logits / self.temperature, 1, dtype="int32", seed=GivenSeed(seed))[:, 0]
+        return categorical(logits / self.temperature, seed)
 
     def take_seeds(self, count: int):
         """`(seed, first)`: the sampler's seed, and the number of the first of `count` draws that no other call gets."""

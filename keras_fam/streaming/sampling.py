@@ -1,4 +1,4 @@
-"""Choosing tokens on a copy of a stream's state: one compiled loop of one-token steps around a sampler."""
+"""A call's use of a sampler, and the searches that choose several tokens together, on a copy of a stream's state."""
 
 import contextlib
 import json
@@ -10,51 +10,6 @@ from keras_fam.ops.backend import compiled
 from keras_fam.ops.programs import programs_of, small_step
 from keras_fam.ops.random import fold_in
 from keras_fam.streaming.samplers import check_seed
-
-SMALLEST_BUFFER = 16
-
-
-def sample(model, state, next_logits, max_new_tokens, choose, seeds, stop_token_ids=(), *, steps=None):
-    """The next tokens of every row; a pure function, to be compiled by the caller.
-
-    Args:
-        model: a built `TransformerFAMCausalLM`.
-        state: `StreamState` of B rows. It is not changed.
-        next_logits: `[B, V]`, the logits after the last token that each row has read.
-        max_new_tokens: N, a Python int, the width of the result.
-        choose: `choose(logits, seeds)` returns int32 `[B]` and the next seeds; see `SamplerCall.chooser`.
-        seeds: a list of tensors.
-        stop_token_ids: int32 `[n]`. Sampling ends once every row has chosen one of them.
-        steps: None (N), or an int32 scalar tensor from 1 to N: how many tokens are wanted. They are the last `steps`
-            columns of the result, so that one program serves every number up to N.
-
-    Returns:
-        `(tokens, seeds)`: int32 `[B, N]`, undefined behind a row's first stop token; and the seeds after the last draw.
-    """
-    step = token_reader(model)
-    stops = ops.reshape(ops.cast(ops.convert_to_tensor(stop_token_ids), "int32"), (-1,))
-
-    def stopped(token):
-        return ops.any(ops.expand_dims(token, 1) == stops, axis=1)
-
-    def write(tokens, token, index):
-        return ops.slice_update(tokens, [0, index], ops.expand_dims(token, 1))
-
-    def going(index, tokens, token, done, state, seeds):
-        return ops.logical_and(index < max_new_tokens, ops.logical_not(ops.all(done)))
-
-    def body(index, tokens, token, done, state, seeds):
-        logits, state = step(ops.expand_dims(token, 1), state)
-        token, seeds = choose(logits, seeds)
-        tokens = write(tokens, token, index)
-        return index + 1, tokens, token, ops.logical_or(done, stopped(token)), state, seeds
-
-    first = ops.cast(0 if steps is None else max_new_tokens - steps, "int32")
-    token, seeds = choose(ops.cast(next_logits, "float32"), seeds)
-    tokens = ops.full((ops.shape(next_logits)[0], max_new_tokens), -1, "int32")  # no token: it could be a stop token
-    start = (first + 1, write(tokens, token, first), token, stopped(token), state, seeds)
-    _, tokens, _, _, _, seeds = ops.while_loop(going, body, start)
-    return tokens, seeds
 
 
 def token_reader(model):
@@ -110,13 +65,9 @@ class SamplerCall:
         return choose
 
     def loop(self, model, size):
-        """`run(seeds, state, logits, steps, stops)`: the tokens of `sample`, and the seeds after them."""
-        choose = self.chooser()
-
-        def run(seeds, state, logits, steps, stops):
-            return sample(model, state, logits, size, choose, seeds, stops, steps=steps)
-
-        return run
+        """Of a sampler that is not `stepwise`: `run(seeds, state, logits, steps, stops)`, which returns int32
+        `[B, size]`, the last `steps` columns of which are the tokens, and the seeds after them."""
+        raise NotImplementedError
 
     def commit(self, seeds):
         """Takes note of how far the random numbers were used."""
@@ -128,17 +79,20 @@ class SamplerCall:
             self.sampler.return_seeds(self.first, self.count)
 
 
-def choose(stream, count, call, stops):
-    """`(tokens, lengths)`: NumPy int32 `[B, count]`, and how many of them each row keeps: its stop token is the last.
+def search(stream, count, call, stops):
+    """The tokens of a sampler that is not `stepwise`; the stream is not changed.
+
+    Returns:
+        `(tokens, lengths)`: NumPy int32 `[B, count]`, and how many of them each row keeps: its stop token is the last.
 
     The buffer is a power of two, the loop runs `count` times whatever its size: few programs and no wasted step.
     """
     model = stream.model  # programs outlive the stream
-    size = count if call.exact_width else max(SMALLEST_BUFFER, 1 << (count - 1).bit_length())
-    num_stops = 1 << (len(stops) - 1).bit_length() if stops else 0
-    given = np.array([*stops, *[-2] * (num_stops - len(stops))], "int32")  # a program serves any stop tokens
+    size, num_stops, given = count, *padded_stops(stops)
+    if not call.exact_width:
+        size = buffer_size(count)
     run = programs_of(model).get(
-        "sample", size, num_stops, *call.key, make=lambda: compiled(call.loop(model, size), lambda: model.variables)
+        "search", size, num_stops, *call.key, make=lambda: compiled(call.loop(model, size), lambda: model.variables)
     )
     steps = ops.convert_to_tensor(count, dtype="int32")
     with call.guard:
@@ -147,3 +101,14 @@ def choose(stream, count, call, stops):
     call.commit(seeds)
     stopped = np.isin(tokens, stops)
     return tokens, np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, count).astype("int32")
+
+
+def buffer_size(count):
+    """Columns of the buffer of a program for `count` tokens: a power of two, so that few programs serve all counts."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def padded_stops(stops):
+    """`(n, int32 [n])`: stop tokens padded to a power of two with what is no token; 0 without any."""
+    number = 1 << (len(stops) - 1).bit_length() if stops else 0
+    return number, np.array([*stops, *[-2] * (number - len(stops))], "int32")

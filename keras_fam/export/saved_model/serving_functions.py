@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_fam.ops.scan import keep_branches_small
 from keras_fam.state import Spec, StreamState, map_specs, named_leaves
 
 
@@ -219,7 +220,8 @@ class Reader:
         """One call of the model: `(outputs, *leaves)`."""
         tf = tensorflow()
         served = self.pack(leaves)
-        outputs, stream = self.model.advance(token_ids, served.stream, lengths=lengths)
+        with keep_branches_small():
+            outputs, stream = self.model.advance(token_ids, served.stream, lengths=lengths)
         outputs = tf.cast(outputs, self.output_dtype)
         last = ()
         if self.generates:

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_fam.export.step import onnx_from_jax
-from keras_fam.ops.scan import compute_both_branches
+from keras_fam.ops.scan import compute_both_branches, keep_branches_small
 
 # Writing ------------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,8 @@ _RUNNERS = {"onnx": _run_onnx, "torch": _run_torch, "litert": _run_litert}
 
 def write(format, step, path):
     """Writes a `Step` as one file (and the files that a format puts beside it)."""
-    _WRITERS[format, keras.backend.backend()](step, path)
+    with keep_branches_small():
+        _WRITERS[format, keras.backend.backend()](step, path)
 
 
 def load(format, path):
