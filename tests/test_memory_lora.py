@@ -93,7 +93,7 @@ def test_updates_go_to_files_and_come_back(tmp_path):
     close(logits(keras_fam.TransformerFAMCausalLM.from_preset(tmp_path / "preset")), expected, 1e-6)
     everywhere = model()
     everywhere.enable_lora(2)
-    with pytest.raises(ValueError, match=r"'rows': 'memory'.*without LoRA"):
+    with pytest.raises(ValueError, match=r"rows 'memory'; .* rows 'all' .*without LoRA"):
         everywhere.load_lora_weights(tmp_path / "x.lora.h5")
 
 

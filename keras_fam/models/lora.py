@@ -307,9 +307,10 @@ def _check_file(backbone, path, settings, factors, memory):
     for name, layer in enabled.items():
         here = {"rank": layer.lora_rank, "alpha": float(layer.lora_alpha), "rows": rows_of(layer)}
         if here != settings:
+            told = "rank {rank}, alpha {alpha} and rows {rows!r}"
             raise ValueError(
-                f"{path} has the settings {settings}; LoRA is enabled with {here} in {name}. Load it into a model "
-                "without LoRA."
+                f"{path} has {told.format(**settings)}; LoRA is enabled with {told.format(**here)} in {name}. Load it "
+                "into a model without LoRA."
             )
     here = [tuple(v.shape) for v in learned_memory_weights(backbone)]
     if here != [m.shape for m in memory]:

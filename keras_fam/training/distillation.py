@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fam.layers.quantization import quantized_sublayers
+
 MEMORY_SETTINGS = ("fam_", "memory_update", "initial_fam", "num_visible_memories", "random_state_passing")
 
 
@@ -141,15 +143,18 @@ def shared_weights(teacher, lm):
     Raises:
         ValueError: if the second model lacks one of them, or has it in another form.
     """
+    quantized = sorted(quantized_sublayers(lm.backbone))
+    if quantized:
+        raise ValueError(
+            f"The weights of a teacher are those of a model that is not quantized; {quantized[0]} of {lm.name} is. "
+            "Make the teacher before `quantize`."
+        )
     sources = _by_place(lm.backbone)
     pairs = []
     for place, variable in _by_place(teacher.backbone).items():
         source = sources.get(place)
         if source is None or tuple(source.shape) != tuple(variable.shape):
-            raise ValueError(
-                f"{lm.name} has no weight {place!r} of shape {tuple(variable.shape)} to share. Quantized "
-                "models have none: make the teacher before `quantize`."
-            )
+            raise ValueError(f"{lm.name} has no weight {place!r} of shape {tuple(variable.shape)} to share.")
         pairs.append((variable, source))
     return pairs
 
