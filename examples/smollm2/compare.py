@@ -75,12 +75,13 @@ def perplexity(args, source, ids, context=1024):
     rows = np.stack([ids[title][s : s + context + 1] for title in HELD_OUT for s in (5_000, 50_000)])
 
     def theirs(inputs, targets):
+        inputs = ops.convert_to_tensor(inputs)  # torch takes no mixture of arrays and tensors
         logits = source({"token_ids": inputs, "padding_mask": ops.ones_like(inputs)})
         return source_loss(targets, logits)
 
     source_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
     run = compiled(theirs, lambda: source.variables)
-    there = np.concatenate([np.asarray(run(row[None, :-1], row[None, 1:])) for row in rows])
+    there = np.concatenate([ops.convert_to_numpy(run(row[None, :-1], row[None, 1:])) for row in rows])
     lm = keras_fam.hub.convert(source, block_size=context, memory_segments=0, fam_length=0, weights="share")
     here = np.concatenate([log_losses(lm, row[None], context) for row in rows])
     found = {"KerasHub": float(np.exp(there.mean())), "converted": float(np.exp(here.mean()))}
@@ -94,6 +95,7 @@ def ready(backbone, tokens):
     """A compiled call of a KerasHub backbone, hidden states of the last token; on JAX it is compiled without a run."""
 
     def call(tokens):
+        tokens = ops.convert_to_tensor(tokens)
         return ops.sum(backbone({"token_ids": tokens, "padding_mask": ops.ones_like(tokens)})[:, -1])
 
     if keras.backend.backend() == "jax":
