@@ -7,17 +7,22 @@ import keras
 import pytest
 
 BACKEND = keras.backend.backend()
-ARGS = {"layers": 1, "width": 16, "block_size": 64, "memory_segments": 1, "fam_length": 2, "rows": 1}
+ARGS = {"layers": 1, "width": 128, "block_size": 64, "memory_segments": 1, "fam_length": 2, "rows": 1}
+KEYS = 2 * 64 * 128 * 4  # bytes of the keys that a layer holds
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="counted on JAX and torch")
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="reads XLA's text or torch's profile; TensorFlow shows neither")
 def test_a_token_copies_no_keys():
-    """Within a block: no branch, and on torch no copy of a layer's keys, which are written where they lie."""
+    """Within a block: no branch, no copy as large as the keys of a layer, and on torch keys written where they lie.
+
+    At width 128, as recorded: XLA copies the keys of narrower models (16, 64) on a CPU.
+    """
     kernels = importlib.import_module("examples.benchmarks.kernels")
     args = argparse.Namespace(**ARGS)
     if BACKEND == "jax":
         counts = kernels.count_jax(args, 1)
         assert counts["dot"] >= 8 and not counts["conditional"] and not counts["while"]
+        assert counts["bytes copied"] < KEYS
     else:
         counts = kernels.count_torch(args, 1)
         assert counts["mm"] == 8 and counts["index_put_"] == 2

@@ -24,7 +24,7 @@ def mesh(shape=(2, 4), names=("batch", "model")):
     return keras.distribution.DeviceMesh(shape, names, [f"cpu:{i}" for i in range(np.prod(shape))])
 
 
-@pytest.mark.skipif(keras.backend.backend() not in SCRIPTS, reason="one device per process")
+@pytest.mark.skipif(keras.backend.backend() not in SCRIPTS, reason="torch: see test_processes")
 def test_same_numbers_as_one_device():
     """Losses, states, streams and the passed memory agree to 5 decimals; the script says so by its exit status."""
     backend = keras.backend.backend()

@@ -170,7 +170,7 @@ def test_weights_are_divided_by_torch_alone():
         keras_fam.distribution.fully_shard(backbone)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="torch's FSDP")
+@pytest.mark.skipif(BACKEND != "torch", reason="FSDP is torch's; other engines divide weights otherwise")
 def test_divided_weights(tmp_path):
     """In a group of one: the module computes what the model does, its parameters are parts, and weights come back."""
     import torch
@@ -205,7 +205,7 @@ def test_divided_weights(tmp_path):
 def test_several_replicas_carry_no_state():
     """On TensorFlow; other engines know no replicas."""
     if BACKEND != "tensorflow":
-        pytest.skip("TensorFlow's strategies")
+        pytest.skip("several replicas in one process are TensorFlow's alone")
     program = (
         "import tensorflow as tf, keras_fam; cpu = tf.config.list_physical_devices('CPU')[0];"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)\n"

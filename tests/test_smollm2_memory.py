@@ -130,7 +130,7 @@ def test_a_comparison_names_options_of_the_command():
 def test_book_tokens_are_weighed_by_what_long_context_is_worth(tmp_path):
     options = ["--tiny", "--fam", "0", "--block", "16", "--long", "64", "--chunk", "2", "--tokens", "200"]
     if keras.backend.backend() != "jax":
-        pytest.skip("the reader is JAX")
+        pytest.skip("book tokens are weighed by a program of JAX alone, as the training loop is")
     weights = main(["weigh", *options, "--out", str(tmp_path)])
     prepared = Prepared()
     assert len(weights) == len(prepared.train) and weights[1:193].mean() == pytest.approx(1, rel=1e-5)

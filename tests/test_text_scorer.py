@@ -230,7 +230,7 @@ def test_the_harness_runs_from_the_command_line(harness, tmp_path):
     assert done.returncode == 0 and "word_perplexity" in done.stdout, done.stderr[-2000:]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the package is there")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval must be missing")
 def test_a_missing_harness_names_the_extra():
     with pytest.raises(ImportError, match=r"keras-fam\[lm-eval\]"):
         importlib.import_module("keras_fam.evaluation.lm_eval")
