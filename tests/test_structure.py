@@ -24,7 +24,12 @@ ORDER = [
     *("distribution", "models", "baselines", "training", "data", "testing", "evaluation", "export", "serve", "hub", ""),
 ]
 BACKEND_PLACES = {"ops/backend.py", "ops/processes.py", "ops/torch_graph.py", "ops/torch_loop.py", "ops/scan.py"}
-BACKEND_PLACES |= {"ops/attention.py", "distribution/fully_sharded.py"}
+BACKEND_PLACES |= {
+    "ops/attention.py",
+    "ops/attention_kernels.py",
+    "ops/block_attention.py",
+    "distribution/fully_sharded.py",
+}
 BACKENDS = {"jax", "torch", "tensorflow"}
 
 

@@ -4,16 +4,17 @@
     python -m examples.benchmarks.gpu --small --out gpu_small.json       # everything at small sizes, on a CPU
 
 The model has the shape of the paper's 1B (18 layers, width 1536, 12 heads, S 1024, m 3, F 64) and random weights, in
-bfloat16. Systems: `fam`; `inputs`, with the memory of converted models (`fam_query="layer_inputs"`); `bswa`, without
-memory; `full`, the same width and depth with full attention through the backend's fused kernel; `mistral`, Hugging
-Face's with a sliding window of as many keys (torch, where transformers is installed).
+bfloat16. Systems: `fam`; `inputs`, with the memory of converted models (`fam_query="layer_inputs"`); `masked`: `fam`,
+its attention by masks and not by the kernels of `keras_fam.ops.attention_kernels`; `bswa`, without memory; `full`, the
+same width and depth with full attention through the backend's fused kernel; `mistral`, Hugging Face's with a sliding
+window of as many keys (torch, where transformers is installed).
 
 A run is a list of cells, the most valuable ones first, and ends after `--seconds` for each backend. Each (task, system,
 rows) runs in its own process, shortest inputs first, so that the peak memory after an input is that of the input.
 Results are printed and written as they come; a file that is there keeps what this run does not measure, so that several
 short runs fill one table. Running out of memory or time and other failures are reported.
 
-card: one large bfloat16 matrix product, and reading 4 GiB.
+card: one large bfloat16 matrix product, reading 4 GiB, and how far attention without masks is from that with masks.
 decode: `--new` tokens of each row, chosen and read after a context, in the systems' own way (`StreamingModel.generate`;
     full attention has a cache of the context's size). Milliseconds are those of one token of all rows.
 prefill: T tokens a row; the last hidden state is fetched. FAM and BSWA read one chunk at a time, full attention reads
@@ -39,7 +40,14 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from examples.benchmarks.gpu_tasks import SYSTEMS, TASKS, bandwidth, matrix_throughput, work_per_token
+from examples.benchmarks.gpu_tasks import (
+    SYSTEMS,
+    TASKS,
+    bandwidth,
+    kernel_difference,
+    matrix_throughput,
+    work_per_token,
+)
 from examples.benchmarks.measuring import seconds, write
 
 K = 1024
@@ -52,7 +60,7 @@ CELLS = [  # (task, systems, rows, lengths), the most valuable first
     ("prefill", ["fam", "bswa"], 4, [32 * K, 128 * K]),
     ("decode", ["fam"], 32, [K]),
     ("prefill", ["full", "mistral"], 1, [8 * K, 32 * K]),
-    ("prefill", ["inputs"], 1, [128 * K]),
+    ("prefill", ["masked", "inputs"], 1, [128 * K]),
     ("train", ["fam"], 1, [128 * K]),
 ]
 SMALL = {"card": [0], "prefill": [64, 256], "train": [64], "decode": [64]}
@@ -89,7 +97,7 @@ def measure(args, lengths):
     about = {"device": device_name(), "rows": args.rows, "matrix_product_per_second": throughput}
     about |= {"bytes_per_second": read, "versions": {name: metadata.version(name) for name in ("keras", backend)}}
     if args.task == "card":
-        yield {"length": 0, **about}
+        yield {"length": 0, **about, "kernel_difference": kernel_difference()}
         return
     at = TASKS[args.task](args)
     for length in lengths:

@@ -9,10 +9,15 @@ from examples.benchmarks.measuring import seconds
 
 SMALL_MODEL = {"vocabulary_size": 128, "num_layers": 2, "hidden_dim": 32, "num_query_heads": 2, "intermediate_dim": 64}
 SMALL_MODEL |= {"block_size": 16, "memory_segments": 1, "fam_length": 4}
-SYSTEMS = ("fam", "inputs", "bswa", "full", "mistral")
+SYSTEMS = ("fam", "inputs", "masked", "bswa", "full", "mistral")
 INPUTS = {"fam_query": "layer_inputs", "memory_update": "hard_gate", "initial_fam": "summary"}  # as converted models
 WARMUP_CALLS = 8  # of torch before it records, see `keras_fam.ops.torch_graph`
 LOSS_PIECE = 2048  # tokens in a piece of the loss
+
+
+def masked(settings):
+    """A window that hides nothing: the same outputs, by kernels that read a mask."""
+    return {"attention_window": settings["block_size"] * (settings["memory_segments"] + 1)}
 
 
 def settings_of(args):
@@ -38,7 +43,7 @@ def make_model(args, training):
     else:
         import keras_fam
 
-        settings |= {"bswa": {"fam_length": 0}, "inputs": INPUTS}.get(args.system, {})
+        settings |= {"bswa": {"fam_length": 0}, "inputs": INPUTS, "masked": masked(settings)}.get(args.system, {})
         model = keras_fam.TransformerFAMBackbone(
             **settings, remat=training, blocks_per_step=args.train_blocks if training else None, dtype=dtype
         )
@@ -115,6 +120,38 @@ def bandwidth(small):
     run = compiled(lambda x: ops.max(x), list)
     times = [seconds(lambda: ops.convert_to_numpy(ops.cast(run(x), "float32"))) for _ in range(8)]
     return 2 * x.shape[0] / median(times[3:])
+
+
+def kernel_difference():
+    """Attention without masks against attention with them, on this device: the largest difference of hidden states and
+    of a gradient, relative to the largest number of each."""
+    import keras
+    from keras import ops
+
+    import keras_fam
+    from keras_fam.ops.backend import compiled, value_and_gradient
+
+    settings = {**SMALL_MODEL, "hidden_dim": 128, "block_size": 64, "attention_sinks": 2, "fam_gate": -0.5}
+    ids = np.random.default_rng(0).integers(0, settings["vocabulary_size"], (2, 5 * settings["block_size"]))
+    found = []
+    for changes in ({}, masked(settings)):
+        keras.utils.set_random_seed(0)
+        model = keras_fam.TransformerFAMBackbone(**settings, **changes, dtype="bfloat16")
+        model.build()
+        weight = model.blocks[0].attention.query.kernel
+
+        def loss(value, model=model, weight=weight):
+            with keras.StatelessScope(state_mapping=[(weight, value)]):
+                return ops.sum(ops.square(ops.cast(model(ids), "float32")))
+
+        def both(value, model=model, loss=loss):
+            return model(ids), value_and_gradient(loss, value)[1]
+
+        run = both if on_torch() else compiled(both, lambda model=model: model.variables)
+        outputs = run(ops.convert_to_tensor(weight.value))
+        found.append([ops.convert_to_numpy(ops.cast(x, "float32")) for x in outputs])
+    pairs = zip(*found, strict=True)
+    return [float(np.abs(ours - theirs).max() / np.abs(theirs).max()) for ours, theirs in pairs]
 
 
 def prefill(args):

@@ -230,7 +230,7 @@ MUTANTS = (
     ),
     Mutant(
         "single tokens leave out the softmax sink",
-        "ops/attention.py",
+        "ops/block_attention.py",
         "    if sink is None:\n        weights = ops.cast(",
         "    if True:\n        weights = ops.cast(",
         "test_contracts test_attention",

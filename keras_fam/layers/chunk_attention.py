@@ -20,7 +20,7 @@ from keras import ops
 from keras_fam.layers.fast_call import reading_tokens
 from keras_fam.layers.memory_scan import memory_ages
 from keras_fam.ops import block_layout, masks
-from keras_fam.ops.attention import attend_blocks, attend_slots
+from keras_fam.ops.block_attention import attend_blocks, attend_slots
 from keras_fam.ops.key_bias import KeyBias
 from keras_fam.ops.rope import rotate, rotate_whole
 from keras_fam.state import where_rows
@@ -250,6 +250,8 @@ def _attend_whole_blocks(attention, query, keys, values, rows, position, chunk):
         **attention.softmax_settings,
         bias=None if rows is None else rows.bias,
         stop_gradient=attention.stop_memory_gradient,
+        sinks=attention.attention_sinks,
+        whole_windows=attention.attention_window is None and attention.num_visible_memories == 1,
     )
     if chunk.aligned:
         return block_layout.to_slots(attended)[:, : chunk.length]

@@ -1,5 +1,5 @@
-"""What Keras has no single call for. Backend branches live here, in `scan.py` and in `attention.py`, and what is for
-torch alone in `torch_graph.py` and `torch_loop.py`; nowhere else."""
+"""What Keras has no single call for. Backend branches live here, in `scan.py`, `processes.py` and attention modules,
+and what is for torch alone in `torch_graph.py` and `torch_loop.py`; nowhere else."""
 
 import contextlib
 import threading
