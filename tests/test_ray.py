@@ -19,7 +19,7 @@ import pytest
 import keras_fam
 from examples.serving.small_model import VOCABULARY, small_text_model
 from keras_fam.serve import BadRequest, ray_app
-from keras_fam.serve.__main__ import make_parser, running
+from keras_fam.serve.__main__ import deploy, make_parser, running
 from keras_fam.serve.protocol import parse
 
 ray = pytest.importorskip("ray")
@@ -31,7 +31,8 @@ MODEL, WAIT, REPLICAS = "small_text_model", 180, 2
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def server(tmp_path_factory):
+    """Arguments of the server that runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,8 +44,14 @@ def client(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         with running(args):
-            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=WAIT, max_retries=0)
+            yield args
     assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    url = f"http://127.0.0.1:{server.port}/v1"
+    return openai.OpenAI(base_url=url, api_key="none", timeout=WAIT, max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +139,29 @@ def test_a_turn_goes_on_when_all_replicas_are_killed(client, lm):
     assert complete(client, " a", 5, found.session).choices[0].token_ids == private.turn(" a", 5)
 
 
+def test_sessions_stay_when_the_server_shrinks(server, client, lm):
+    """Both of two sessions, one of which moves; the turn that runs meanwhile ends where it is."""
+    while len(engines()) < REPLICAS:
+        time.sleep(0.2)
+    private = [Private(lm) for _ in range(2)]
+    found = [complete(client, text, 5, "new") for text in ("One", "Two")]
+    for answer, own, text in zip(found, private, ("One", "Two"), strict=True):
+        assert answer.choices[0].token_ids == own.turn(text, 5)
+    given, shrinking = [], None
+    for chunk in complete(client, " more", 200, found[0].session, stream=True):
+        given += chunk.choices[0].token_ids
+        if shrinking is None and len(given) > 10:
+            server.replicas = 1
+            shrinking = threading.Thread(target=deploy, args=(server,))
+            shrinking.start()
+    assert given == private[0].turn(" more", 200)
+    shrinking.join(WAIT)
+    while len(engines()) > 1:
+        time.sleep(0.2)
+    for answer, own in zip(found, private, strict=True):
+        assert complete(client, " so", 4, answer.session).choices[0].token_ids == own.turn(" so", 4)
+
+
 # Without a cluster ----------------------------------------------------------------------------------------------
 
 
@@ -210,6 +240,17 @@ def test_a_turn_that_nobody_takes_up_is_an_error(monkeypatch):
     assert event["status"] == 503 and "Idempotency-Key" in event["error"]["message"]
     (event,) = collect(Handle([ray.serve.exceptions.BackPressureError(1, 1)]))
     assert event["status"] == 429
+
+
+@pytest.mark.parametrize("address", [None, "ray://there:10001"])
+def test_ray_is_started_unless_there_is_an_address(monkeypatch, address):
+    """Without one, the server must not join a cluster that happens to run on this machine, and end what is there."""
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options["address"]))
+    monkeypatch.setattr(ray.serve, "start", lambda **options: started.append(1 / 0))
+    started, address_option = [], [] if address is None else ["--address", address]
+    with pytest.raises(ZeroDivisionError), running(make_parser().parse_args(["m", "--store", "s", *address_option])):
+        pass
+    assert started == [address or "local"]
 
 
 def test_what_cannot_be_served_is_refused(tmp_path):

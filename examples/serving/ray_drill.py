@@ -1,14 +1,18 @@
-"""Clients, sessions and killed replicas: a server under Ray Serve whose processes are killed at random moments:
+"""Clients, sessions and losses: a server under Ray Serve whose processes are killed and moved at random moments:
 
     KERAS_BACKEND=torch python -m examples.serving.ray_drill --out out/ray_drill.json
+    KERAS_BACKEND=torch python -m examples.serving.ray_drill --nodes 2 --node-kills 5 --resizes 10 --kills 10
 
-Clients (OpenAI's) talk to sessions, whole and streamed, while replicas are killed (SIGKILL). Afterwards every session's
+Clients (OpenAI's) talk to sessions, whole and streamed, while replicas are killed (SIGKILL), `--resizes` let the server
+shrink to one replica and grow again, and `--node-kills` take a whole node of Ray's, with its replicas and its part of
+the object store, as the loss of a machine does; `--nodes` are simulated on this machine. Afterwards every session's
 turns are done again by a private stream: each token of each turn has to be the same, and where the session stands. An
 answer that fails, a token that is lost or said twice, or a session that is gone is counted. No client tries again.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import pathlib
@@ -24,7 +28,7 @@ import keras_fam
 from examples.record import run_record
 from examples.serving.small_model import small_text_model
 from keras_fam.serve import SessionStore, ray_app
-from keras_fam.serve.__main__ import make_parser, running
+from keras_fam.serve.__main__ import deploy, make_parser, running
 
 MODEL = "small_text_model"
 TEXT = "It is a truth universally acknowledged that a single man in possession of a good fortune"
@@ -112,27 +116,71 @@ def resident(found):
     return {name: count * os.sysconf("SC_PAGE_SIZE") for name, count in pages.items()}
 
 
-def killer(drill, requests, kills, log):
-    """Kills a random replica at random moments, spread over the requests."""
-    draw = random.Random(0)
-    moments = sorted(draw.uniform(0.02, 0.97) * requests for _ in range(kills))
+@contextlib.contextmanager
+def ray_nodes(count):
+    """Several nodes of Ray on this machine beside a head without replicas; yields the cluster, or None for none."""
+    if not count:
+        yield None
+        return
+    from ray.cluster_utils import Cluster
 
-    def run(going):
-        for moment in moments:
-            while going() and drill.done + len(drill.errors) < moment:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(count):
+            cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+class Losses:
+    """What happens to the server at random moments, spread over the requests: `run` lets it happen, `log` has it."""
+
+    def __init__(self, drill, args, server, cluster):
+        self.drill, self.server, self.cluster, self.log = drill, copy.copy(server), cluster, []
+        self.draw, self.replicas = random.Random(0), args.replicas
+        kinds = [self.kill] * args.kills + [self.resize] * args.resizes + [self.kill_node] * args.node_kills
+        self.draw.shuffle(kinds)
+        moments = sorted(self.draw.uniform(0.02, 0.97) * args.requests for _ in kinds)
+        self.plan = list(zip(moments, kinds, strict=True))
+
+    def run(self, going):
+        for moment, happen in self.plan:
+            while going() and self.drill.done + len(self.drill.errors) < moment:
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.2))
-            while going():
-                found = engines()
-                if found:
-                    name = draw.choice(sorted(found))
-                    with contextlib.suppress(ProcessLookupError):  # Ray ended it meanwhile
-                        os.kill(found[name]["pid"], signal.SIGKILL)
-                        log.append({"at": time.perf_counter(), "running": found[name]["running"], "of": len(found)})
-                        break
+            time.sleep(self.draw.uniform(0, 0.2))
+            while going() and not happen():
                 time.sleep(0.2)
 
-    return run
+    def note(self, kind, **more):
+        self.log.append({"kind": kind, "at": time.perf_counter(), **more})
+        return True
+
+    def kill(self):
+        """One replica's process ends at once."""
+        found = engines()
+        if not found:
+            return False
+        name = self.draw.choice(sorted(found))
+        with contextlib.suppress(ProcessLookupError):  # Ray ended it meanwhile
+            os.kill(found[name]["pid"], signal.SIGKILL)
+            return self.note("replica killed", running=found[name]["running"], of=len(found))
+        return False
+
+    def resize(self):
+        """All replicas but one are shut down; the next time they come back."""
+        self.server.replicas = 1 if self.server.replicas > 1 else self.replicas
+        done = self.note("server resized", replicas=self.server.replicas)
+        deploy(self.server)
+        return done
+
+    def kill_node(self):
+        """A node's processes end at once, its replicas with them; a new node takes its place."""
+        node = self.draw.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.unique_id))
+        done = self.note("node killed", of=len(self.cluster.worker_nodes))
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.cluster.add_node(num_cpus=1)
+        return done
 
 
 def main(argv=None):
@@ -141,7 +189,10 @@ def main(argv=None):
     parser.add_argument("--quiet", type=int, default=2000, help="requests after that, to measure resident memory")
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="of replicas")
+    parser.add_argument("--resizes", type=int, default=0, help="to one replica, or back to all of them")
+    parser.add_argument("--nodes", type=int, default=0, help="of Ray, simulated; 0: Ray's embedded cluster")
+    parser.add_argument("--node-kills", type=int, default=0)
     parser.add_argument("--prompt", type=int, default=24, help="characters of a prompt, at most")
     parser.add_argument("--tokens", type=int, default=16, help="tokens generated in a turn, at most")
     parser.add_argument("--replicas", type=int, default=2)
@@ -149,20 +200,25 @@ def main(argv=None):
     parser.add_argument("--save-every", type=int, default=16)
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file")
     args = parser.parse_args(argv)
+    if args.node_kills and not args.nodes:
+        parser.error("--node-kills needs --nodes, of which at least one is left")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    kills, memory = [], []
-    with tempfile.TemporaryDirectory() as store:
+    memory = []
+    with tempfile.TemporaryDirectory() as store, ray_nodes(args.nodes) as cluster:
         server = make_parser().parse_args(
             f"examples.serving.small_model:{MODEL} --store {store} --replicas {args.replicas} --rows {args.rows} "
             f"--save-every {args.save_every} --cpus-per-replica 0.1 --port {port}".split()
+            + (["--address", cluster.address, "--proxies", "HeadOnly"] if cluster else [])
         )
         with running(server):
             drill = Drill(args, f"http://127.0.0.1:{port}/v1")
-            seconds = drill.run(args.requests, killer(drill, args.requests, args.kills, kills))
-            latencies, errors = list(drill.latencies), list(drill.errors)
-            print(f"{len(latencies)} turns, {len(errors)} errors, {len(kills)} kills, {seconds:.0f} s", flush=True)
+            losses = Losses(drill, args, server, cluster)
+            seconds = drill.run(args.requests, losses.run)
+            latencies, errors, kills = list(drill.latencies), list(drill.errors), losses.log
+            print(f"{len(latencies)} turns, {len(errors)} errors, {len(kills)} losses, {seconds:.0f} s", flush=True)
+            deploy(server)
             while len(engines()) < args.replicas:
                 time.sleep(0.5)
             parts = 5
@@ -189,7 +245,7 @@ def main(argv=None):
         "wrong_sessions": wrong_sessions,
         "sessions": len(drill.names),
         "sessions_stored": stored,
-        "kills": [{"running": kill["running"], "of": kill["of"]} for kill in kills],
+        "kills": [{key: value for key, value in kill.items() if key != "at"} for kill in kills],
         "recovery_seconds": {"each": waits, "median": statistics.median(waits or [0]), "largest": max(waits or [0])},
         "request_seconds": {"median": statistics.median(took), "p99": sorted(took)[int(0.99 * len(took))]},
         "requests_per_second": {"with_kills": len(took) / seconds, "quiet": args.quiet / quiet_seconds},

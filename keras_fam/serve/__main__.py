@@ -27,6 +27,7 @@ def make_parser():
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--address", help="of a Ray cluster, or auto; without it, Ray is started here")
+    parser.add_argument("--proxies", choices=["EveryNode", "HeadOnly"], default="EveryNode", help="where HTTP comes in")
     parser.add_argument("--replicas", type=int, default=1, help="processes that hold the model")
     parser.add_argument("--max-replicas", type=int, help="lets Ray start more of them while turns wait")
     parser.add_argument("--rows", type=int, default=8, help="turns that a replica runs at a time")
@@ -47,10 +48,9 @@ def main(argv=None):
         done.wait()
 
 
-@contextlib.contextmanager
-def running(args):
-    """The server of parsed arguments, for as long as the block lasts."""
-    ray = import_ray()
+def deploy(args):
+    """Runs the application of parsed arguments in the Ray that is connected; again, with other `replicas`, it grows or
+    shrinks. Waits until its replicas are there."""
     application = make_application(
         args.model,
         {"url": args.store, "expire_after": args.expire_after},
@@ -64,11 +64,18 @@ def running(args):
         num_cpus=args.cpus_per_replica,
         num_gpus=args.gpus_per_replica,
     )
-    ray.init(address=args.address, include_dashboard=False, log_to_driver=False)
+    import_ray().serve.run(application, name=APP, route_prefix="/")
+
+
+@contextlib.contextmanager
+def running(args):
+    """The server of parsed arguments, for as long as the block lasts."""
+    ray = import_ray()
+    ray.init(address=args.address or "local", include_dashboard=False, log_to_driver=False)
     try:
-        ray.serve.start(http_options={"host": args.host, "port": args.port})
+        ray.serve.start(proxy_location=args.proxies, http_options={"host": args.host, "port": args.port})
         try:
-            ray.serve.run(application, name=APP, route_prefix="/")
+            deploy(args)
             yield
         finally:
             ray.serve.delete(APP)
