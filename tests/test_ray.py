@@ -246,6 +246,7 @@ def test_a_turn_that_nobody_takes_up_is_an_error(monkeypatch):
 def test_ray_is_started_unless_there_is_an_address(monkeypatch, address):
     """Without one, the server must not join a cluster that happens to run on this machine, and end what is there."""
     monkeypatch.setattr(ray, "init", lambda **options: started.append(options["address"]))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # another server runs here
     monkeypatch.setattr(ray.serve, "start", lambda **options: started.append(1 / 0))
     started, address_option = [], [] if address is None else ["--address", address]
     with pytest.raises(ZeroDivisionError), running(make_parser().parse_args(["m", "--store", "s", *address_option])):

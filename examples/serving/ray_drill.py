@@ -102,11 +102,14 @@ class Drill:
 
 
 def engines():
-    """Statistics of the engines that answer, by name."""
+    """Statistics of the engines that answer, by name; none while all replicas are lost."""
     from ray import serve
 
     handle = serve.get_deployment_handle(ray_app.ENGINE, app_name=ray_app.APP)
-    found = handle.broadcast("statistics").results(timeout_s=30, return_exceptions=True)
+    try:
+        found = handle.broadcast("statistics").results(timeout_s=30, return_exceptions=True)
+    except (serve.exceptions.DeploymentUnavailableError, TimeoutError):
+        return {}
     return {name: part[name] for part in found if isinstance(part, dict) for name in part}
 
 
