@@ -10,6 +10,7 @@ import json
 import pathlib
 
 from examples import books
+from examples.benchmarks import gpu_plot
 from examples.passkey import demo, results, sweeps, systems
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
@@ -30,6 +31,7 @@ PLOTS = {
     "passkey_length": draw_length,
     "passkey_systems": systems.plot,
     "sweeps": sweeps.plot,
+    "gpu_h200": gpu_plot.plot,
     "books": lambda found, path: books.plot(found["report"], found["window_reaches_tokens"], path),
 }
 
