@@ -205,6 +205,10 @@ def test_operations_of_a_decoded_token():
     for kind, cells in zip(beside, rows("speed", *beside.values()), strict=True):
         found = [recorded(f"kernels_{kind}_{b}" if kind else f"kernels_{b}") for b in ("jax", "torch")]
         says(cells, [each["operations_per_token_beside"] for each in found])
+    jax, torch = (recorded(f"kernels_update_{b}") for b in ("jax", "torch"))
+    (cells,) = rows("speed", "a memory update, per block")
+    says(cells[:1], [jax["operations_per_update_and_layer"]])
+    says(cells[1:2], [torch["operations_per_update_and_layer"], torch["per_update_and_layer"]["views"]])
     systems = recorded("peers_decode")["systems"]
     ours = systems["keras_fam"]
     names = ("decoding: keras_fam", "decoding: Mistral", "decoding: RecurrentGemma")

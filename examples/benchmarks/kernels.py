@@ -1,6 +1,7 @@
-"""How many operations a decoded token takes, per layer: what a GPU launches, or what an eager backend dispatches.
+"""How many operations a decoded token or a memory update takes: what a GPU launches, or an eager backend dispatches.
 
     KERAS_BACKEND=jax python -m examples.benchmarks.kernels --out out/kernels_jax.json
+    KERAS_BACKEND=jax python -m examples.benchmarks.kernels --of update --out out/kernels_update_jax.json
 
 JAX: instructions of the optimized program of `generate` that run for a token with which no block is completed: those of
     the loop's body, of the cheaper side of each branch in it, without what moves nothing (tuples, bitcasts, constants).
@@ -10,6 +11,9 @@ torch: operations that `torch.profiler` sees while tokens are decoded from recor
 
 Both are counted for `--layers` and for twice as many layers of width `--width`; the difference belongs to the layers,
 the rest to embedding, positions, logits and the sampler. `bytes copied` (JAX) are the results of copy instructions.
+
+`--of update` counts what one block's memory update takes in a layer, where several blocks are read at once: the
+sequential part of a prefill. JAX: the body of the loop over blocks. torch: what more blocks add, per block.
 """
 
 import argparse
@@ -31,13 +35,13 @@ VIEWS = (
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 
-def make_stream(args, layers):
+def make_backbone(args, layers):
     import keras
 
     import keras_fam
 
     keras.utils.set_random_seed(0)
-    backbone = keras_fam.TransformerFAMBackbone(
+    return keras_fam.TransformerFAMBackbone(
         256,
         layers,
         args.width,
@@ -46,8 +50,14 @@ def make_stream(args, layers):
         block_size=args.block_size,
         memory_segments=args.memory_segments,
         fam_length=args.fam_length,
-        memory_update="normalized",
+        memory_update=args.memory_update,
     )
+
+
+def make_stream(args, layers):
+    import keras_fam
+
+    backbone = make_backbone(args, layers)
     stream = keras_fam.StreamingModel(keras_fam.TransformerFAMCausalLM(backbone), args.rows)
     stream.predict(np.ones((args.rows, args.block_size + 1), "int32"))
     return stream
@@ -121,15 +131,50 @@ def count_torch(args, layers):
         stream.generate(max_new_tokens=number)
     with profile(activities=[ProfilerActivity.CPU]) as once:  # what a call does, whatever the number of its tokens
         stream.generate(max_new_tokens=1)
-    total = collections.Counter()
-    for profiled, sign in ((found, 1), (once, -1)):
-        for event in profiled.events():
-            if event.name.startswith("aten::") and event.cpu_parent is None:
-                total[event.name.removeprefix("aten::")] += sign
+    counts = dispatched(found)
+    counts.subtract(dispatched(once))
+    return scaled(counts, 1 / (number - 1))
+
+
+def dispatched(profiled):
+    """Counts of the operations that a profiler saw; a conversion that converts nothing is a view."""
     counts = collections.Counter()
-    for name, times in total.items():
-        counts["views" if name in VIEWS else name] += times / (number - 1)
+    for event in profiled.events():
+        if event.name.startswith("aten::") and event.cpu_parent is None:
+            name = event.name.removeprefix("aten::")
+            counts["views" if name in VIEWS or (name == "to" and not event.cpu_children) else name] += 1
     return counts
+
+
+def scaled(counts, factor):
+    return collections.Counter({name: count * factor for name, count in counts.items()})
+
+
+def updates_jax(args):
+    """Counts of one update of one layer: of the loops of a program, those over blocks."""
+    import jax
+
+    backbone = make_backbone(args, args.layers)
+    backbone.build()
+    ids = np.ones((args.rows, 8 * args.block_size), "int32")
+    program = jax.jit(lambda ids, state: backbone.advance(ids, state, aligned=True))
+    module = computations(program.lower(ids, backbone.get_initial_state(args.rows)).compile().as_text())
+    bodies = {name for lines in module.values() for _, line in lines for name in re.findall(r"body=%?([\w.\-]+)", line)}
+    counts = sorted((executed(module, name) for name in bodies), key=lambda c: -c["dot"] - c["custom-call"])
+    return {name: count / args.layers for name, count in sum(counts[: args.layers], collections.Counter()).items()}
+
+
+def updates_torch(args):
+    from torch.profiler import ProfilerActivity, profile
+
+    backbone, total = make_backbone(args, args.layers), collections.Counter()
+    for blocks in (16, 8):
+        ids, state = np.ones((args.rows, blocks * args.block_size), "int32"), backbone.get_initial_state(args.rows)
+        backbone.advance(ids, state, aligned=True)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            backbone.advance(ids, state, aligned=True)
+        total.update(dispatched(found)) if blocks == 16 else total.subtract(dispatched(found))
+    return scaled(total, 1 / (8 * args.layers))
 
 
 def operations(counts):
@@ -138,6 +183,8 @@ def operations(counts):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", choices=["token", "update"], default="token")
+    parser.add_argument("--memory-update", default="normalized")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=64)
@@ -148,9 +195,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     import keras
 
-    count = {"jax": count_jax, "torch": count_torch}.get(keras.backend.backend())
-    if count is None:
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
         parser.error("operations are counted on JAX and torch (KERAS_BACKEND)")
+    if args.of == "update":
+        counts = {"jax": updates_jax, "torch": updates_torch}[backend](args)
+        shown = {name: round(value, 3) for name, value in sorted(counts.items(), key=lambda x: -x[1]) if value}
+        show({"operations_per_update_and_layer": operations(counts), "per_update_and_layer": shown}, args, argv)
+        return
+    count = {"jax": count_jax, "torch": count_torch}[backend]
     some, twice = count(args, args.layers), count(args, 2 * args.layers)
     names = sorted({*some, *twice}, key=lambda name: -twice[name])
     per_layer = {name: (twice[name] - some[name]) / args.layers for name in names}
@@ -159,6 +212,10 @@ def main(argv=None):
         "operations_per_token_beside": operations(some) - args.layers * operations(per_layer),
         "per_token_and_layer": {name: round(value, 3) for name, value in per_layer.items() if value},
     }
+    show(result, args, argv)
+
+
+def show(result, args, argv):
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
