@@ -289,13 +289,15 @@ def test_server():
     drill, faults = recorded("server_drill"), recorded("server_store_faults")
     assert not drill["errors"] and drill["wrong_turns"] == drill["wrong_sessions"] == faults["wrong"] == 0
     assert drill["sessions"] == drill["sessions_stored"] == drill["arguments"]["sessions"]
-    busy = sum(kill["running"] > 0 for kill in drill["kills"])
+    of_kind = {kind: [k for k in drill["kills"] if k["kind"] == kind] for kind in {k["kind"] for k in drill["kills"]}}
+    busy = sum(kill["running"] > 0 for kill in of_kind["replica killed"])
     attempts, recovery, took = faults["attempts"], drill["recovery_seconds"], drill["request_seconds"]
     kinds = ("guessed names", "stale owners", "damaged sessions")
     expected = {
         "turns, tokens": (drill["turns"], drill["tokens"]),
         "sessions, of these in": (drill["sessions"], drill["sessions_stored"]),
-        "replicas killed": (len(drill["kills"]), busy),
+        "replicas killed": (len(of_kind["replica killed"]), busy),
+        "nodes killed": (len(of_kind["node killed"]), len(of_kind["server resized"])),
         "until all requests": (recovery["median"], recovery["largest"]),
         "requests per second": drill["requests_per_second"].values(),
         "calls of the store": (faults["store_calls"], faults["store_failures"]),
