@@ -4,11 +4,15 @@ import contextlib
 
 import keras
 import numpy as np
+import pytest
 import reference
 from keras import ops
 
 import keras_fam
 from keras_fam.ops.backend import compiled
+
+# For tests in which no backend computes anything: they run once, on the worker that is done first.
+on_one_backend = pytest.mark.skipif(keras.backend.backend() != "torch", reason="no backend takes part: runs on torch")
 
 # One table for the whole suite: relative error against the oracle, and between two ways of computing the same.
 ORACLE = {"float32": 1e-5, "float64": 1e-10}

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import call
+from support import call, on_one_backend
 
 import keras_fam
 from examples.long_context import ruler, tasks
@@ -23,6 +23,7 @@ def prose():
     return keras_fam.tasks.Prose.from_texts([STORY * 20], Bytes())
 
 
+@on_one_backend
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_texts_hold_their_answers(name, prose):
     tokenizer = Bytes()
