@@ -2,6 +2,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import tempfile
 
 import keras
 import pytest
@@ -16,6 +17,21 @@ if "PYTEST_XDIST_WORKER" in os.environ and keras.backend.backend() != "jax" and 
 # With one core TensorFlow has one thread for calls, and a call that takes long blocks all others.
 if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_programs():
+    """JAX compiles a program once per run: tests, and the processes that they start, find it in one folder."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in (("compilation_cache_dir", folder), ("persistent_cache_min_compile_time_secs", 0.0)):
+            jax.config.update(f"jax_{name}", value)
+            patch.setenv(f"JAX_{name.upper()}", str(value))  # of processes
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,10 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from support import call, numpy
 
 import keras_fam
-from keras_fam.ops.backend import compiled
 
 SETTINGS = {
     "vocabulary_size": 31, "num_layers": 2, "hidden_dim": 16, "num_query_heads": 4, "num_key_value_heads": 2,
@@ -29,8 +28,7 @@ def tokens(length=15, rows=2):
 
 
 def logits(lm, x=None):
-    x = tokens() if x is None else x
-    return ops.convert_to_numpy(compiled(lambda x: lm(x), lambda: lm.variables)(ops.convert_to_tensor(x)))
+    return numpy(call(lm, tokens() if x is None else x))
 
 
 def shake(lm, seed=2):

@@ -4,10 +4,15 @@ import contextlib
 
 import keras
 import numpy as np
+import pytest
 import reference
 from keras import ops
 
 import keras_fam
+from keras_fam.ops.backend import compiled
+
+# For tests in which no backend computes anything: they run once, on the worker that is done first.
+on_one_backend = pytest.mark.skipif(keras.backend.backend() != "torch", reason="no backend takes part: runs on torch")
 
 # One table for the whole suite: relative error against the oracle, and between two ways of computing the same.
 ORACLE = {"float32": 1e-5, "float64": 1e-10}
@@ -192,6 +197,20 @@ def oracle_inputs(cfg, fam0):
         return {}
     inputs = {"rows_below": fam0} if cfg["initial_fam"] == "summary" else {"fam0": fam0}
     return inputs | ({"rows_below": fam0} if cfg["fam_query"] == "anchored" else {})
+
+
+def call(function, *inputs, **options):
+    """`function(*inputs, **options)` of a layer or of one of its methods; on JAX as one program.
+
+    Called outside of one, it takes JAX longer: every operation of a model is compiled for every shape.
+    """
+    if keras.backend.backend() != "jax":
+        return function(*inputs, **options)
+    switches = {name: value for name, value in options.items() if isinstance(value, bool)}
+    given = {name: value for name, value in options.items() if name not in switches}
+    layer = getattr(function, "__self__", function)
+    program = compiled(lambda inputs, given: function(*inputs, **given, **switches), lambda: layer.variables)
+    return program(keras.tree.map_structure(ops.convert_to_tensor, inputs), given)
 
 
 def numpy(x):

@@ -11,9 +11,11 @@ import time
 
 import numpy as np
 import pytest
+from support import on_one_backend
 
 from keras_fam.utils import atomic, safetensors_file
 
+pytestmark = on_one_backend
 OLD, NEW = ({"x": np.full(20_000, value, "int32")} for value in (1, 2))
 
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import TINY_VOCABULARY, close, numpy, tiny
+from support import TINY_VOCABULARY, call, close, numpy, tiny
 
 import keras_fam
 from keras_fam.ops.backend import value_and_gradient
@@ -58,14 +58,14 @@ def test_a_model_within_one_block_equals_its_teacher():
     teacher = keras_fam.training.full_attention(lm, 20)
     assert teacher.backbone.get_config()["memory_segments"] == 4 and not teacher.trainable_variables
     ids = np.random.default_rng(1).integers(0, V, (2, 20))
-    ours, theirs = numpy(lm(ids)), numpy(teacher(ids))
+    ours, theirs = numpy(call(lm, ids)), numpy(call(teacher, ids))
     nats = numpy(keras_fam.training.forward_kl(ours, theirs))
     assert np.abs(nats[:, :4]).max() < 1e-6 < 1e-4 < nats[:, 12:].max()
     # Full attention: one block that holds the whole text, with the same weights.
     wide = tiny(2, fam_length=0, block_size=20, memory_segments=0)
     for (_, source), (variable, _) in zip(shared_weights(teacher, lm), shared_weights(wide, lm), strict=True):
         variable.assign(source.value)
-    close(theirs, numpy(wide(ids)), 1e-5)
+    close(theirs, numpy(call(wide, ids)), 1e-5)
     base = keras_fam.training.full_attention(lm, 0, memory_segments=1, attention_sinks=1)
     config = base.backbone.get_config()
     assert (config["memory_segments"], config["attention_sinks"], base.fam_length) == (1, 1, 0)

@@ -10,6 +10,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from support import on_one_backend
 
 import keras_fam
 from examples.notebooks.run import run as run_notebook
@@ -92,6 +93,7 @@ def test_quickstart_notebook_runs():
         assert kinds[0] == kinds[1], "".join(kept["source"])
 
 
+@on_one_backend
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebooks_are_stored_with_outputs(path):
     """Every cell has been run, in order, and what it printed is kept; what is not run here at least compiles."""
@@ -120,6 +122,7 @@ def anchors(page):
     return found
 
 
+@on_one_backend
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_resolve(page):
     broken = []
@@ -133,6 +136,7 @@ def test_links_resolve(page):
     assert not broken
 
 
+@on_one_backend
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_and_commands_exist(page):
     text = page.read_text()

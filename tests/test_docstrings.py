@@ -9,6 +9,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from support import on_one_backend
 
 import keras_fam
 
@@ -55,6 +56,7 @@ def _lm():
     return keras_fam.TransformerFAMCausalLM(keras_fam.TransformerFAMBackbone(7, 1, 8, 2, 8, block_size=8, fam_length=2))
 
 
+@on_one_backend
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_examples_name_what_exists(path):
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)

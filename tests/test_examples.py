@@ -5,9 +5,11 @@ import pathlib
 import re
 
 import pytest
+from support import on_one_backend
 
 from examples.verification import mutants
 
+pytestmark = on_one_backend
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").rglob("*.py"))
 SCRIPTS = [path for path in FILES if "__main__" in path.read_text()]

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from support import call, on_one_backend
 
 import keras_fam
 from examples.long_context import ruler, tasks
@@ -22,6 +23,7 @@ def prose():
     return keras_fam.tasks.Prose.from_texts([STORY * 20], Bytes())
 
 
+@on_one_backend
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_texts_hold_their_answers(name, prose):
     tokenizer = Bytes()
@@ -80,7 +82,7 @@ def test_ablations_put_another_memory_in_place(lm):
     blocks = [(len(ids) - 1) // 4 for ids in texts]
 
     def memory(row, stop):
-        _, state = lm.advance(texts[row][None, :stop], lm.get_initial_state(1))
+        _, state = call(lm.advance, texts[row][None, :stop], lm.get_initial_state(1))
         return ops.convert_to_numpy(memory_of(state)[0][0])[0]
 
     own = ops.convert_to_numpy(states["FAM"].layers[0].fam)
@@ -99,9 +101,9 @@ def test_ablations_put_another_memory_in_place(lm):
 def test_closed_gates_open_again(lm):
     (gate,) = gates(lm)
     ids, before = np.arange(20)[None] % 250, ops.convert_to_numpy(gate.value)
-    opened = ops.convert_to_numpy(lm(ids))
+    opened = ops.convert_to_numpy(call(lm, ids))
     with closed_gates(lm):
-        closed = ops.convert_to_numpy(lm(ids))
+        closed = ops.convert_to_numpy(call(lm, ids))
     scorer = keras_fam.StreamScorer(lm, "closed", boundaries=[0])
     with closed_gates(lm):
         same = keras_fam.StreamScorer(lm, boundaries=[0]).score(ids)

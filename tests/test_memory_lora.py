@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 from small_model import logits, model, shake, tokens, with_text
-from support import ORACLE, close, make, numpy, oracle_inputs, relative
+from support import ORACLE, call, close, make, numpy, oracle_inputs, relative
 
 import keras_fam
 from keras_fam.models.lora import rows_of
@@ -35,7 +35,7 @@ def with_updates(variant):
 def test_only_memory_rows_are_updated(variant):
     block, weights, memory, cfg, fam0 = with_updates(variant)
     x = np.random.default_rng(1).normal(size=(2, 14, block.attention.query.kernel.shape[0])).astype("float32")
-    y, state = block(x, return_state=True)
+    y, state = call(block, x, return_state=True)
     inputs = oracle_inputs(cfg, fam0)
     expected, rows, _ = reference.batch_layer(x, None, {**weights, "memory": memory}, cfg, **inputs)
     plain, _, _ = reference.batch_layer(x, None, weights, cfg, **inputs)
@@ -43,7 +43,7 @@ def test_only_memory_rows_are_updated(variant):
     close(state.layers[0].fam, np.stack([row.memories[-1][1] for row in rows]), ORACLE["float32"])
     parts, state = [], None
     for part in np.split(x, [1, 6, 7], axis=1):
-        y, state = block(part, initial_state=state, return_state=True)
+        y, state = call(block, part, initial_state=state, return_state=True)
         parts.append(numpy(y))
     close(np.concatenate(parts, axis=1), expected, ORACLE["float32"])
 
@@ -106,9 +106,9 @@ def test_what_would_act_on_tokens_is_refused(tmp_path):
         "for memory rows alone": lambda: lm.save_weights(tmp_path / "m.weights.h5"),
         "update all rows": lambda: lm.quantize("int8"),
     }
-    for message, call in refused.items():
+    for message, act in refused.items():
         with pytest.raises(ValueError, match=message):
-            call()
+            act()
     np.testing.assert_array_equal(logits(lm), before)
     with pytest.raises(ValueError, match="`rows` must be"):
         model().enable_lora(2, rows="tokens")

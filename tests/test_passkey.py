@@ -10,12 +10,14 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+from support import on_one_backend
 
 import keras_fam
 from examples.datasets.python_docs import clean_paragraph, topics_text
 from keras_fam.tasks import PassKey, SeveralKeys, WordTokenizer, accuracy, split_documents
 from keras_fam.tasks.passkey import PAPER_FILLER, QUESTION
 
+pytestmark = on_one_backend
 FIELDS = ("token_ids", "targets", "loss_weights")
 
 

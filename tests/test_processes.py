@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from support import on_one_backend
 
 import keras_fam
 from examples.distributed import common, processes, starting, work
@@ -38,6 +39,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert np.any(one["after: passed memory"]) and np.any(one["after: carried state"])
 
 
+@on_one_backend
 def test_processes_are_ended(tmp_path):
     """All that were started, if one fails or time is over, with the end of its log."""
     started = []

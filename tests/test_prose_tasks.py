@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+from support import on_one_backend
 
 import keras_fam
 from keras_fam.tasks import phrases
 from keras_fam.tasks.prose import sentences
 
+pytestmark = on_one_backend
 STORY = 'Mr. Hill came home late. Nobody was there! "Is anybody here?" he asked. He lit a candle and read. '
 TEXTS = [STORY * 40, "A storm rose in the night. The sea was black. All slept. " * 50]
 KINDS = [

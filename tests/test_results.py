@@ -6,7 +6,9 @@ import re
 
 import numpy as np
 import pytest
+from support import on_one_backend
 
+pytestmark = on_one_backend
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "results"
 PAGES = sorted(RESULTS.glob("*.md"))

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from support import close, numpy, relative
+from support import call, close, numpy, relative
 
 import keras_fam
 from keras_fam.ops.backend import value_and_gradient
@@ -69,9 +69,9 @@ def test_evaluate_reads_on():
     """The loss of chunks is that of the whole sequence, and the stream stands at its end."""
     stream = make_stream()
     loss = stream.evaluate(Chunks(), verbose=0, return_dict=True)["loss"]
-    whole = numpy(stream.model(TOKENS))
+    whole = numpy(call(stream.model, TOKENS))
     assert abs(loss - cross_entropy(whole, TARGETS)) < 1e-5
-    _, state = stream.model(TOKENS, return_state=True)
+    _, state = call(stream.model, TOKENS, return_state=True)
     for a, b in zip(keras.tree.flatten(stream.state), keras.tree.flatten(state), strict=True):
         close(a, numpy(b), 1e-5)
     assert stream.position.tolist() == [6 * S] * B
@@ -80,8 +80,8 @@ def test_evaluate_reads_on():
 def test_reset_flags():
     stream = make_stream()
     loss = stream.evaluate(Chunks(reset=1), verbose=0, return_dict=True)["loss"]
-    rows = [numpy(stream.model(TOKENS[:1]))[0], numpy(stream.model(TOKENS[1:, 2 * S :]))[0]]
-    first = numpy(stream.model(TOKENS[1:, : 2 * S]))[0]
+    rows = [numpy(call(stream.model, TOKENS[:1]))[0], numpy(call(stream.model, TOKENS[1:, 2 * S :]))[0]]
+    first = numpy(call(stream.model, TOKENS[1:, : 2 * S]))[0]
     logits = np.stack([rows[0], np.concatenate([first, rows[1]])])
     assert abs(loss - cross_entropy(logits, TARGETS)) < 1e-5
     assert stream.position.tolist() == [6 * S, 4 * S]
@@ -197,8 +197,8 @@ def test_predict_over_a_dataset():
     stream = keras_fam.StreamingModel(make_lm(), B)
     outputs = stream.predict(Chunks(reset=1), callbacks=[Watch()])
     assert seen == [(i, (B, 2 * S, V)) for i in range(len(CHUNKS))]
-    close(outputs[0], numpy(stream.model(TOKENS[:1]))[0], 1e-5)
-    close(outputs[1, 2 * S :], numpy(stream.model(TOKENS[1:, 2 * S :]))[0], 1e-5)
+    close(outputs[0], numpy(call(stream.model, TOKENS[:1]))[0], 1e-5)
+    close(outputs[1, 2 * S :], numpy(call(stream.model, TOKENS[1:, 2 * S :]))[0], 1e-5)
     assert stream.predict((TOKENS[:, part] for part in CHUNKS), steps=2, collect=False) is None
     assert stream.position.tolist() == [10 * S, 8 * S]
 

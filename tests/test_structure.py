@@ -5,7 +5,9 @@ import pathlib
 import sys
 
 import pytest
+from support import on_one_backend
 
+pytestmark = on_one_backend
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.

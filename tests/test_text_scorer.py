@@ -1,5 +1,6 @@
 """`TextScorer` against logits of whole texts in NumPy, and lm-eval on it, where that is installed."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -11,6 +12,7 @@ from support import close, numpy, tiny
 
 import keras_fam
 from keras_fam.evaluation import RaggedReader, TextScorer
+from keras_fam.ops.backend import compiled
 
 V = 11  # of the model: one letter each, with an end token that no text has
 LETTERS = "abcdefgh .\n"
@@ -48,10 +50,21 @@ def scorer(lm):
     return TextScorer(lm, 3, tokenizer=Letters(), blocks_per_step=2)
 
 
+@functools.cache
+def program(lm):
+    return compiled(lambda ids: lm(ids), lambda: lm.variables)
+
+
+def whole(lm, ids):
+    """Logits of one call, padded to one length, which is one program; a causal model ignores the padding."""
+    padded = np.array([ids + [0] * (64 - len(ids))], "int32")
+    return numpy(program(lm)(padded))[0, : len(ids)]
+
+
 def expected(lm, context, continuation):
     """Sum of log-probabilities, and whether all are the largest, from one call of the model on the whole."""
-    ids = np.array([[*context, *continuation]])
-    logits = numpy(lm(ids[:, :-1]))[0, len(context) - 1 :].astype("float64")
+    ids = [*context, *continuation]
+    logits = whole(lm, ids[:-1])[len(context) - 1 :].astype("float64")
     scores = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
     scores = scores - logits.max(-1, keepdims=True)
     return scores[np.arange(len(continuation)), continuation].sum(), bool((logits.argmax(-1) == continuation).all())
@@ -67,7 +80,7 @@ def test_pairs_are_scored_as_the_whole_text_is(lm, scorer):
     sizes = [(1, 1), (5, 2), (23, 9), (3, 30), (8, 1), (9, 4), (40, 1), (2, 13)]
     pairs = [(rng.integers(0, 10, a).tolist(), rng.integers(0, 10, b).tolist()) for a, b in sizes]
     pairs += [(pairs[2][0], [1]), (pairs[2][0], [2, 3]), (pairs[2][0], [4])]  # one context, read once
-    best = int(numpy(lm(np.array([pairs[1][0]])))[0, -1].argmax())
+    best = int(whole(lm, pairs[1][0])[-1].argmax())
     pairs.append((pairs[1][0], [best]))
     seen = {}
     found = scorer.score_tokens(pairs, seen.__setitem__)
@@ -132,12 +145,14 @@ def test_memory_does_not_grow_with_the_text(lm):
     """What is handed to the compiled programs has one of a few shapes, however long the text is."""
     reader, shapes = RaggedReader(lm, blocks_per_step=2), set()
     advance = type(lm.backbone).advance
-    state = lm.get_initial_state(2)
+    state, program_of = lm.get_initial_state(2), reader._program
 
     def noted(kind, aligned, function):
+        program = program_of(kind, aligned, function)
+
         def run(*args):
             shapes.add((kind, *(tuple(x.shape) for x in args[:-1])))
-            return function(*args)
+            return program(*args)
 
         return run
 

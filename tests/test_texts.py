@@ -5,8 +5,11 @@ import struct
 import zlib
 
 import pytest
+from support import on_one_backend
 
 from examples.datasets import austen, debian, king_james
+
+pytestmark = on_one_backend
 
 
 def record(lines):

@@ -90,10 +90,12 @@ def environment(backend, folder, devices=1):
     """Sets what an engine reads when it is imported; for JAX, so many simulated devices of the CPU, unless 0."""
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if backend != "tensorflow":
+        sys.modules.setdefault("tensorflow", None)  # `keras.utils.set_random_seed` imports it otherwise, for seconds
     if backend == "jax" and devices:
         flags = [f"--xla_force_host_platform_device_count={devices}", *QUICK_TO_COMPILE]
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
         os.environ["JAX_PLATFORMS"] = "cpu"
         # Each phase makes a model of its own, whose programs are those of the one before.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
