@@ -5,7 +5,7 @@ from keras_fam.distribution.layout_map import layout_map
 from keras_fam.evaluation import MemoryMonitor, StreamScorer, ablate_memory, evaluate, memory_statistics
 from keras_fam.export import export_serving, export_step
 from keras_fam.layers.feedback_attention import FeedbackAttention
-from keras_fam.layers.memory_update import Average, Binary, HardGate, MemoryUpdate, Normalized, Residual
+from keras_fam.layers.memory_update import Average, HardGate, MemoryUpdate, Normalized, Residual
 from keras_fam.layers.mixture_of_experts import MixtureOfExperts
 from keras_fam.layers.random_state_passing import RandomStatePassing
 from keras_fam.layers.transformer_fam_block import TransformerFAMBlock
@@ -20,7 +20,6 @@ from keras_fam.testing import check_streaming
 __version__ = "0.1.0"
 __all__ = [
     "Average",
-    "Binary",
     "FeedbackAttention",
     "HardGate",
     "LayerState",

@@ -35,7 +35,7 @@ DEFAULTS = {
     "fam_gate": None,  # not None: a bias per query head on memory rows as tokens read them (not the paper's)
     "fam_position": "last",  # "last" | "float" (App. B.2)
     "fam_query_position": "previous",  # "previous" | "current"
-    # "residual" (the paper's) | "normalized" | "binary" | "average" (of one half) | "learned_average" | "hard_gate"
+    # "residual" (the paper's) | "normalized" | "average" (of one half) | "learned_average" | "hard_gate"
     "memory_update": "residual",
     "initial_fam": "prompt",  # "prompt" | "summary" | "prefix" (App. B.1)
     "stop_memory_gradient": False,  # has no effect on values; see `frozen` of `layer`
@@ -192,8 +192,6 @@ def update_memory(written, previous, first, weights, cfg):
     kind = cfg["memory_update"]
     if kind == "residual" or (first and kind in ("average", "learned_average", "hard_gate")):
         return written
-    if kind == "binary":
-        return np.where(written >= 0, 1.0, -1.0)
     if kind == "normalized":
         return rms_norm(written, 1.0, 1e-6)
     if kind != "hard_gate":

@@ -63,7 +63,6 @@ VARIANTS = {
     "static_memories_2": {"fam_query": "static", "num_visible_memories": 2},
     "current": {"fam_query_position": "current"},
     "normalized": {"memory_update": "normalized"},
-    "binary": {"memory_update": "binary"},
     "hard_gate": {"memory_update": "hard_gate", "num_visible_memories": 2, "fam_gate": 0.5},
     "anchored_hard_gate": {"fam_query": "anchored", "memory_update": "hard_gate", "attention_sinks": 2,
                            "fam_gate": -1.0},

@@ -55,7 +55,7 @@ WRONG_SETTINGS = [
     ({"fam_gate": float("nan")}, ["`fam_gate` must be None, a finite number or float", "received nan"]),
     (
         {"memory_update": "none"},
-        ["`memory_update` must be one of 'residual', 'normalized', 'binary'", "received 'none'"],
+        ["`memory_update` must be one of 'residual', 'normalized', 'average'", "received 'none'"],
     ),
     ({"rope_wavelength": 0}, ["`rope_wavelength` must be a positive number", "received 0"]),
     ({"rope_scaling": {"type": "su"}}, ["`rope_scaling`", "'linear', 'llama3' or 'yarn'", "su"]),

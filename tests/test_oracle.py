@@ -61,8 +61,7 @@ def test_outputs_and_state_float64(variant):
     check_forward(variant, "float64")
 
 
-# Gradients pass straight through the signs of a binary memory, whose own gradient is 0: `test_training.py`.
-SMOOTH = [(v, "float32") for v in VARIANTS if v != "binary"] + [(v, "float64") for v in FLOAT64 if v != "binary"]
+SMOOTH = [(v, "float32") for v in VARIANTS] + [(v, "float64") for v in FLOAT64]
 
 
 @pytest.mark.parametrize(("variant", "dtype"), SMOOTH)

@@ -1,4 +1,4 @@
-"""The curriculum of `examples.passkey.length`: growing texts and noise, a question after each chunk, words replaced."""
+"""The curriculum of `examples.passkey.length`: growing texts, a question after each chunk, words replaced."""
 
 from typing import NamedTuple
 
@@ -14,24 +14,19 @@ class Level(NamedTuple):
     """A level of the curriculum; training climbs to the next one when the mean loss of an epoch is small enough."""
 
     steps: int  # in the longest text
-    noise: float = 0.0  # its standard deviation, as a memory update's `noise`
     start: int = 1  # groups of rows with texts of that length and the key at the start
     anywhere: int = 1  # groups with the key anywhere
     short: int = 3  # steps in the longest text of the other groups
     next_at: float = 0.2  # the loss at which the next level begins
 
 
-# Writing must be learned before there is noise: later it is not.
 LEVELS = (
     Level(1, start=0, anywhere=0, next_at=0.05),
     *(Level(steps, anywhere=0) for steps in (2, 3, 4)),
     *(Level(steps) for steps in (6, 8)),
-    *(Level(8, noise) for noise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+    *(Level(8) for _ in range(6)),  # the loss has to be small in seven epochs at the longest texts
 )
 LONGEST = LEVELS[-1].steps
-# The final phases: strong noise has taught the memory to hold, at the cost of some accuracy of what is written. With
-# more steps at a noise of 0.4 or less the memory forgets within 16 times the longest text; with 0.6 it does not.
-FINAL_LEVELS = tuple(LEVELS[-1]._replace(noise=noise) for noise in (0.4, 0.6))
 
 
 def question_tokens(task):
@@ -63,12 +58,11 @@ class KeyCurriculum:
     Args:
         make_task: function of a seed and a key position with a `PassKey`.
         seed: int.
-        set_noise: None, or a function that sets the noise on memories.
         replaced: float, the largest share of a text's words that random words replace.
     """
 
-    def __init__(self, make_task, seed, set_noise=None, replaced=0.0):
-        self.seed, self.set_noise, self.replaced, self.number = seed, set_noise, replaced, 0
+    def __init__(self, make_task, seed, replaced=0.0):
+        self.seed, self.replaced, self.number = seed, replaced, 0
         self.tasks = {position: make_task(seed, position) for position in ("start", "anywhere")}
 
     @property
@@ -77,13 +71,7 @@ class KeyCurriculum:
 
     @number.setter
     def number(self, number):
-        self._number = number
-        self.set(LEVELS[number])
-
-    def set(self, level):
-        self.level = level
-        if self.set_noise is not None:
-            self.set_noise(level.noise)
+        self._number, self.level = number, LEVELS[number]
 
     def texts(self, group, rng):
         """Yields steps `(chunk, is_first, keys, keys_are_known)` of one text after another, without end."""

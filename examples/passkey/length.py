@@ -1,12 +1,12 @@
 """PassKey with the key anywhere in real prose, streamed to a thousand times the longest text trained on.
 
-Trains TransformerFAM by the recipe for length, TransformerFAM with the paper's memory, and TransformerBSWA, several
-seeds each, on carried state: a step reads the next four blocks of every row's text and then asks for the key, if it has
-been stated. Texts and, for the recipe, noise grow whenever the loss is small. Then held-out prose is streamed at
-constant memory, with keys at uniformly random positions of texts of each length, and the question at the end, in a
-block of its own. Each answer is also computed with the memory zeroed, frozen at F_0, and shuffled between rows before
-that block. Without memory segments all that the block sees of the text is the memory, so ablating it there gives the
-numbers of ablating it after every block.
+Trains TransformerFAM whose memory rows are kept or rewritten as a whole (`memory_update="hard_gate"`), TransformerFAM
+with the paper's memory, and TransformerBSWA, several seeds each, on carried state: a step reads the next four blocks of
+every row's text and then asks for the key, if it has been stated. Texts grow whenever the loss is small. Then held-out
+prose is streamed at constant memory, with keys at uniformly random positions of texts of each length, and the question
+at the end, in a block of its own. Each answer is also computed with the memory zeroed, frozen at F_0, and shuffled
+between rows before that block. Without memory segments all that the block sees of the text is the memory, so ablating
+it there gives the numbers of ablating it after every block.
 
 A later call with the same `--out` continues where an earlier one stopped: weights and measured lengths are kept there,
 so that models and lengths can be spread over calls.
@@ -26,7 +26,7 @@ import keras_fam
 from examples.datasets.austen import austen
 from examples.datasets.king_james import king_james
 from examples.datasets.python_docs import topics_text
-from examples.passkey.curriculum import BLOCK, CHUNK, FINAL_LEVELS, LONGEST, question_tokens
+from examples.passkey.curriculum import BLOCK, CHUNK, LONGEST, question_tokens
 from examples.passkey.results import by_position, first_below, gather, plot
 from examples.passkey.training import Training
 from examples.record import run_record
@@ -39,48 +39,31 @@ PROSE = {
     "austen": "Austen's novels",
     "king_james": "the King James Bible",
 }
-UPDATES = {"residual": keras_fam.Residual, "normalized": keras_fam.Normalized, "binary": keras_fam.Binary}
-NAMES = ("hard_gate", "recipe", "paper", "bswa")
+MODELS = {  # title and settings by name
+    "hard_gate": ("FAM (hard gate)", {"memory_update": "hard_gate"}),
+    "paper": ("FAM (paper)", {}),
+    "bswa": ("BSWA", {"fam_length": 0}),
+}
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000], help="times the longest")
     parser.add_argument("--rows", type=int, default=64, help="texts of each length and seed")
     parser.add_argument("--texts", type=int, default=0, help="another number gives other keys, positions and prose")
     parser.add_argument("--prose", choices=list(PROSE), default="held_out", help="the prose that is read in the end")
-    parser.add_argument("--write-steps", type=int, default=4000, help="most steps of each attempt at writing")
-    parser.add_argument("--write-attempts", type=int, default=2, help="each from other initial weights")
-    parser.add_argument("--climb-steps", type=int, default=14000, help="most steps of the climb through the levels")
-    parser.add_argument("--steps", type=int, default=6000, help="steps at the last level, at a rate that falls to 0")
-    parser.add_argument("--final-steps", type=int, nargs="*", default=[4000, 6000], help="of each final phase")
+    parser.add_argument("--write-steps", type=int, default=3000, help="most steps of learning to write")
+    parser.add_argument("--climb-steps", type=int, default=4000, help="most steps of the climb through the levels")
+    parser.add_argument("--steps", type=int, default=1500, help="steps at the last level, at a rate that falls to 0")
+    parser.add_argument("--final-steps", type=int, default=3000, help="steps after that, from half the rate to 0")
     parser.add_argument("--digits", type=int, default=4)
     parser.add_argument("--hidden-dim", type=int, default=96, help="of every model; heads have 16")
-    parser.add_argument("--memory-update", choices=list(UPDATES), default="binary", help="of the recipe")
-    parser.add_argument("--noise", type=float, default=0.8, help="of the recipe")
     parser.add_argument("--replaced", type=float, default=0.4, help="largest share of words replaced in training")
-    parser.add_argument("--final-replaced", type=float, default=0.4, help="the same in the final phases")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/passkey_length"))
     parser.add_argument("--draw", action="store_true", help="only collect and draw the results in --out")
-    args = parser.parse_args(argv)
-    if len(args.final_steps) > len(FINAL_LEVELS):
-        parser.error(f"--final-steps takes at most {len(FINAL_LEVELS)} numbers; received {len(args.final_steps)}")
-    if args.write_attempts < 1:
-        parser.error(f"--write-attempts must be a positive integer; received {args.write_attempts}")
-    return args
-
-
-def models(args):
-    """Title and settings of each model by name."""
-    recipe = {"memory_update": UPDATES[args.memory_update](noise=args.noise)}
-    return {
-        "hard_gate": ("FAM (hard gate)", {"memory_update": keras_fam.HardGate()}),
-        "recipe": (f"FAM ({args.memory_update}, noise)", recipe),
-        "paper": ("FAM (paper)", {}),
-        "bswa": ("BSWA", {"fam_length": 0}),
-    }
+    return parser.parse_args(argv)
 
 
 def make_task(args, seed=0, key_position="anywhere"):
@@ -151,14 +134,13 @@ class Reader:
 
 def run(name, seed, args):
     """Trains and measures one model; skips what an earlier call finished."""
-    title, settings = models(args)[name]
+    title, settings = MODELS[name]
     weights, path = args.out / f"{name}_seed{seed}.weights.h5", args.out / f"{name}_seed{seed}.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     task = make_task(args, seed)
     training = Training(
         lambda seed, key_position: make_task(args, seed, key_position),
-        lambda **changes: make_model(task, args.hidden_dim, **changes),
-        settings,
+        lambda: make_model(task, args.hidden_dim, **settings),
         seed,
         args,
     )
@@ -189,7 +171,7 @@ def main(argv=None):
         for name in args.models:
             for seed in args.seeds:
                 run(name, seed, args)
-    exact, details = gather(args.out, {name: title for name, (title, _) in models(args).items()})
+    exact, details = gather(args.out, {name: title for name, (title, _) in MODELS.items()})
     task, read, longest = make_task(args), texts_read(args), LONGEST * CHUNK * BLOCK
     result = {
         **run_record("examples.passkey.length", args, argv),
@@ -203,7 +185,7 @@ def main(argv=None):
             texts: {title: first_below(by_factor) for title, by_factor in lines.items()}
             for texts, lines in exact.items()
         },
-        "recipe": by_position(args.out, "recipe", read, longest),
+        "by_position": by_position(args.out, "hard_gate", read, longest),
         "models": details,
     }
     (args.out / "passkey_length.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -5,20 +5,12 @@ import time
 import keras
 
 import keras_fam
-from examples.passkey.curriculum import BATCH, BLOCK, FINAL_LEVELS, LEVELS, KeyCurriculum
+from examples.passkey.curriculum import BATCH, BLOCK, LEVELS, KeyCurriculum
 from examples.passkey.question import QuestionTrainer
 
 EPOCH = 100  # steps
 WRITTEN_AT = 0.03  # the loss at which the memory has learned to write
-
-
-def noise_of(model):
-    """A function that sets the standard deviation of the noise on a model's memory; None for a model without noise."""
-    full = model.backbone.blocks[0].attention.memory_update.noise
-    if not full or not model.backbone.fam_length:
-        return None
-    scale = keras_fam.training.NoiseScale(model)
-    return lambda noise: setattr(scale, "share", min(noise / full, 1.0))
+RATE = 2e-3
 
 
 def falling(rate, steps):
@@ -38,23 +30,19 @@ def fit(model, curriculum, steps, rate, callbacks=()):
 class Training:
     """Trains a language model with `fit`, from scratch.
 
-    First it learns to write: keys anywhere in texts of one step, until the loss is small. In this stage the memory of
-    the recipe is normalized and without noise, since a binary memory learns to write slowly, if at all. Then texts and
-    noise grow as the loss permits, and at the level reached the learning rate falls to 0. Up to two final phases
-    follow, with less noise.
+    First it learns to write: keys anywhere in texts of one step, until the loss is small. Then texts grow as the loss
+    permits, and at the level reached the learning rate falls to 0, twice.
 
     Args:
         make_task: function of a seed and a key position with a `PassKey`.
-        make_model: function of settings with a model of `TransformerFAMCausalLM`.
-        settings: dict, of the model that is trained.
+        make_model: function without arguments with a model of `TransformerFAMCausalLM`.
         seed: int.
         limits: namespace with the largest numbers of steps of the stages (`write_steps`, `climb_steps`, `steps`,
-            `final_steps`), `write_attempts`, and the shares of words replaced (`replaced`, `final_replaced`).
+            `final_steps`), and the share of words replaced from the second stage on (`replaced`).
     """
 
-    def __init__(self, make_task, make_model, settings, seed, limits):
-        self.make_task, self.make_model, self.settings = make_task, make_model, settings
-        self.seed, self.limits = seed, limits
+    def __init__(self, make_task, make_model, seed, limits):
+        self.make_task, self.make_model, self.seed, self.limits = make_task, make_model, seed, limits
 
     def run(self, result, weights, keep):
         """Runs the stages that are missing.
@@ -68,14 +56,14 @@ class Training:
             The model.
         """
         result |= {"steps": [], "losses": [], "training_seconds": 0.0, "lengths": {}} | result
-        stages = [self.write, self.climb, self.settle, *[self.final] * len(self.limits.final_steps)]
         keras.utils.set_random_seed(self.seed)
-        model = self.make(writes=len(result["steps"]) < 2)
+        model = self.make_model()
         if result["steps"]:
             model.load_weights(weights)
+        stages = [self.write, self.climb, self.settle, *([self.final] if self.limits.final_steps else [])]
         for stage in stages[len(result["steps"]) :]:
             started = time.perf_counter()
-            model, losses = stage(model, result)
+            losses = stage(model, result)
             result["training_seconds"] = round(result["training_seconds"] + time.perf_counter() - started, 1)
             result["steps"].append(EPOCH * len(losses))
             result["losses"] += [round(float(loss), 4) for loss in losses]
@@ -84,57 +72,33 @@ class Training:
             keep()
         return model
 
-    def make(self, writes):
-        """A model of the first stage, which learns to write, or of the later stages."""
-        settings = self.settings
-        if writes and "memory_update" in settings and settings["memory_update"].noise:
-            settings = {**settings, "memory_update": "normalized"}
-        return self.make_model(**settings)
-
-    def curriculum(self, model, number, replaced, attempt=0):
-        """The curriculum of a stage; stages and attempts differ in their seeds."""
-        return KeyCurriculum(self.make_task, self.seed + 1000 * number + 100 * attempt, noise_of(model), replaced)
+    def curriculum(self, number, replaced, level=0):
+        """The curriculum of a stage; stages differ in their seeds."""
+        curriculum = KeyCurriculum(self.make_task, self.seed + 1000 * number, replaced)
+        curriculum.number = level
+        return curriculum
 
     def write(self, model, result):
-        """Starts again from other initial weights if writing is not learned within `write_steps`."""
-        losses = []
-        for attempt in range(self.limits.write_attempts):
-            if attempt:
-                keras.utils.set_random_seed(self.seed + 100 * attempt)
-                model = self.make(writes=True)
-            curriculum = self.curriculum(model, 0, 0.0, attempt)
-            until = {"monitor": "loss", "threshold": WRITTEN_AT, "stop": True}
-            until = keras_fam.training.Curriculum(curriculum, [0], attribute="number", **until)
-            losses += fit(model, curriculum, self.limits.write_steps, 2e-3, [until])
-            if losses[-1] <= WRITTEN_AT:
-                break
-        result["write_attempts"] = attempt + 1
-        return model, losses
+        curriculum = self.curriculum(0, 0.0)
+        until = {"monitor": "loss", "threshold": WRITTEN_AT, "stop": True}
+        until = keras_fam.training.Curriculum(curriculum, [0], attribute="number", **until)
+        return fit(model, curriculum, self.limits.write_steps, RATE, [until])
 
-    def climb(self, writer, result):
-        model = self.make(writes=False)
-        for new, old in zip(model.trainable_weights, writer.trainable_weights, strict=True):
-            new.assign(old)
-        curriculum, levels = self.curriculum(model, 1, self.limits.replaced), []
+    def climb(self, model, result):
+        curriculum, levels = self.curriculum(1, self.limits.replaced), []
         until = {"monitor": "loss", "threshold": [level.next_at for level in LEVELS], "stop": True}
         until = keras_fam.training.Curriculum(curriculum, range(len(LEVELS)), attribute="number", **until)
         note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: levels.append(curriculum.number))
-        losses = fit(model, curriculum, self.limits.climb_steps, 2e-3, [until, note])
+        losses = fit(model, curriculum, self.limits.climb_steps, RATE, [until, note])
         result["steps_at_which_levels_began"] = [EPOCH * levels.index(level) for level in sorted(set(levels))]
         result["level"] = curriculum.number
-        return model, losses
+        return losses
 
     def settle(self, model, result):
-        curriculum, steps = self.curriculum(model, 2, self.limits.replaced), self.limits.steps
-        curriculum.number = result["level"]
-        return model, fit(model, curriculum, steps, falling(2e-3, steps))
+        curriculum, steps = self.curriculum(2, self.limits.replaced, result["level"]), self.limits.steps
+        return fit(model, curriculum, steps, falling(RATE, steps))
 
     def final(self, model, result):
-        phase = len(result["steps"]) - 3
         keras.utils.set_random_seed(self.seed)
-        curriculum, steps = (
-            self.curriculum(model, 3 + phase, self.limits.final_replaced),
-            self.limits.final_steps[phase],
-        )
-        curriculum.set(FINAL_LEVELS[phase])
-        return model, fit(model, curriculum, steps, falling(1e-3, steps))
+        curriculum, steps = self.curriculum(3, self.limits.replaced, len(LEVELS) - 1), self.limits.final_steps
+        return fit(model, curriculum, steps, falling(RATE / 2, steps))

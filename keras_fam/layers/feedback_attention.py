@@ -58,7 +58,7 @@ class FeedbackAttention(RecurrentLayer):
             `"layer_inputs"` (likewise, and in a model of two layers or more): the same rows write, and a layer
             remembers them as they enter it, so that keys and values are made of what its weights know. Neither with
             `initial_fam="prefix"`.
-        memory_update: what becomes of a memory between blocks: `"residual"` (the paper's), `"normalized"`, `"binary"`,
+        memory_update: what becomes of a memory between blocks: `"residual"` (the paper's), `"normalized"`,
             `"average"`, `"hard_gate"`, or a `keras_fam.MemoryUpdate` such as `keras_fam.Normalized(noise=0.7)`.
         fam_gate: None (the paper's form), or a number (an addition of this project): where a learned bias per query
             head, `[N]`, starts, which is added to the logits of memory rows as tokens read them (not as memory rows do;

@@ -1,5 +1,5 @@
-"""What becomes of a memory between two blocks: `Residual` (the paper's), `Normalized`, `Binary`, `Average`, `HardGate`,
-or one of your own."""
+"""What becomes of a memory between two blocks: `Residual` (the paper's), `Normalized`, `Average`, `HardGate`, or one of
+your own."""
 
 import math
 
@@ -70,10 +70,6 @@ class MemoryUpdate(keras.layers.Layer):
         """
         raise NotImplementedError
 
-    def perturb(self, fam, drawn):
-        """`fam` with noise `drawn` `[B, F, D]`, whose standard deviation is `noise` times the scale in force."""
-        return fam + drawn * ops.sqrt(mean_square(fam))
-
     def call(self, written, previous, seed=None, fresh=None):
         """`update`, then noise where `seed`, an integer tensor `[2]`, is given.
 
@@ -88,7 +84,8 @@ class MemoryUpdate(keras.layers.Layer):
         if not self.noise or seed is None:
             return fam
         drawn = draw_noise(ops.shape(fam), fam.dtype, seed)
-        return self.perturb(fam, self.noise * ops.cast(self.noise_scale, fam.dtype) * drawn)
+        scale = self.noise * ops.cast(self.noise_scale, fam.dtype)
+        return fam + scale * drawn * ops.sqrt(mean_square(fam))
 
     def compute_output_shape(self, written_shape, previous_shape=None):
         return written_shape
@@ -120,28 +117,6 @@ class Normalized(MemoryUpdate):
 
     def update(self, written, previous):
         return written * ops.rsqrt(mean_square(written) + RMS_EPSILON)
-
-
-@keras.saving.register_keras_serializable(package="keras_fam")
-class Binary(MemoryUpdate):
-    """The sign of every number alone, 1 or −1, with a straight-through gradient (an experiment of this project).
-
-    An update of less than 1 leaves no trace, so small errors do not accumulate. Where a number is within rounding of
-    0, its sign, and all that follows, may depend on how a text is split into chunks.
-
-    Args:
-        noise: as in `MemoryUpdate`, but a sign flips where the noise exceeds the value: 4.8 % of the signs at 0.6,
-            16 % at 1.
-    """
-
-    def update(self, written, previous):
-        # Gradients pass where |written| ≤ 2: as far as an update has to go to flip a sign, and a little further.
-        clipped = ops.clip(written, -2.0, 2.0)
-        signs = ops.cast(ops.where(written >= 0, 1.0, -1.0), written.dtype)
-        return clipped + ops.stop_gradient(signs - clipped)
-
-    def perturb(self, fam, drawn):
-        return fam * ops.where(1.0 + drawn > 0, ops.ones_like(fam), -ops.ones_like(fam))
 
 
 @keras.saving.register_keras_serializable(package="keras_fam")
@@ -250,7 +225,6 @@ def _spread(shape, dtype=None):
 MEMORY_UPDATES = {
     "residual": Residual,
     "normalized": Normalized,
-    "binary": Binary,
     "average": Average,
     "hard_gate": HardGate,
 }
@@ -260,7 +234,7 @@ def get(identifier, dtype=None):
     """A memory update of its own for one layer, from a name, a config or an object.
 
     Args:
-        identifier: `"residual"`, `"normalized"`, `"binary"`, `"average"`, `"hard_gate"`, a serialized update, or a
+        identifier: `"residual"`, `"normalized"`, `"average"`, `"hard_gate"`, a serialized update, or a
             `MemoryUpdate`, which is copied without its weights.
         dtype: None, or the dtype of its weights: that of the memory.
 

@@ -61,7 +61,7 @@ class TransformerFAMBackbone(LoRAMixin, PresetMixin, CheckedInputs, TokenInputs,
             this project): the memory prompt passes up the layers in every block, and what a layer makes of the rows is
             what it writes; `"layer_inputs"`: likewise, but a layer remembers the rows as they enter it (two layers or
             more). See `FeedbackAttention`.
-        memory_update: `"residual"` (the paper's), `"normalized"`, `"binary"`, `"average"`, `"hard_gate"`, or a
+        memory_update: `"residual"` (the paper's), `"normalized"`, `"average"`, `"hard_gate"`, or a
             `keras_fam.MemoryUpdate`, of which each layer gets a copy. The last two may have weights.
         fam_gate: None (the paper's form), or where a learned bias on reading the memory starts, one per layer and query
             head; `float("-inf")` closes the memory. See `FeedbackAttention`.
