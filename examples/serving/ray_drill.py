@@ -6,8 +6,10 @@
 Clients (OpenAI's) talk to sessions, whole and streamed, while replicas are killed (SIGKILL), `--resizes` let the server
 shrink to one replica and grow again, and `--node-kills` take a whole node of Ray's, with its replicas and its part of
 the object store, as the loss of a machine does; `--nodes` are simulated on this machine. Afterwards every session's
-turns are done again by a private stream: each token of each turn has to be the same, and where the session stands. An
-answer that fails, a token that is lost or said twice, or a session that is gone is counted. No client tries again.
+turns are done again by a private stream: each token of each turn has to be the same, and where the session stands. A
+token that is lost or said twice, or a session that is gone is counted. A request that fails is counted, and sent again
+with the same `Idempotency-Key`, as a client does whose connection broke: with a node, the process that answers HTTP may
+be lost.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import statistics
 import tempfile
 import threading
 import time
+import uuid
 
 import keras_fam
 from examples.record import run_record
@@ -31,6 +34,7 @@ from keras_fam.serve import SessionStore, ray_app
 from keras_fam.serve.__main__ import deploy, make_parser, running
 
 MODEL = "small_text_model"
+LONGEST_WAIT = 600  # seconds in which a client sends a request again
 TEXT = "It is a truth universally acknowledged that a single man in possession of a good fortune"
 
 
@@ -40,38 +44,46 @@ class Drill:
     def __init__(self, args, url):
         self.args, self.url = args, url
         self.turns = {number: [] for number in range(args.sessions)}  # (prompt, count, tokens, position)
-        self.names, self.errors, self.latencies, self.done = {}, [], [], 0
+        self.names, self.errors, self.again, self.latencies, self.done = {}, [], [], [], 0
         self.lock = threading.Lock()
 
     def client(self, number, requests):
+        """Opens the client's sessions, then talks to them at random."""
         import openai
 
         client = openai.OpenAI(base_url=self.url, api_key="none", timeout=300, max_retries=0)
         draw, mine = random.Random(number), range(number, self.args.sessions, self.args.clients)
-        for _ in range(requests):
-            session, stream = draw.choice(mine), draw.random() < 0.5
+        closed = [session for session in mine if session not in self.names]
+        for session in [*closed, *(draw.choice(mine) for _ in range(requests))]:
             prompt, count = TEXT[: draw.randint(1, self.args.prompt)], draw.randint(1, self.args.tokens)
             start = time.perf_counter()
-            try:
-                answer = client.completions.create(
-                    model=MODEL,
-                    prompt=prompt,
-                    max_tokens=count,
-                    temperature=0,
-                    stream=stream,
-                    extra_body={"session": self.names.get(session, "new")},
-                )
-                parts = list(answer) if stream else [answer]
-            except openai.APIError as error:
-                with self.lock:
-                    self.errors.append(f"session {session}: {error!r:.300}")
-                continue
+            parts = self.answer(client, session, prompt=prompt, max_tokens=count, stream=draw.random() < 0.5)
             with self.lock:
+                if parts is None:
+                    self.errors.append(f"session {session}: no answer within {LONGEST_WAIT} s")
+                    continue
                 self.names[session] = parts[-1].session
                 tokens = [token for part in parts for token in part.choices[0].token_ids]
                 self.turns[session].append((prompt, count, tokens, parts[-1].position))
                 self.latencies.append((start, time.perf_counter()))
                 self.done += 1
+
+    def answer(self, client, session, **options):
+        """The answer in parts; a request that fails is sent again. None after `LONGEST_WAIT`."""
+        import openai
+
+        own = {"session": self.names.get(session, "new")}
+        headers, end = {"Idempotency-Key": uuid.uuid4().hex}, time.perf_counter() + LONGEST_WAIT
+        options |= {"model": MODEL, "temperature": 0, "extra_body": own, "extra_headers": headers}
+        while time.perf_counter() < end:
+            try:
+                found = client.completions.create(**options)
+                return list(found) if options["stream"] else [found]
+            except openai.APIError as error:
+                with self.lock:
+                    self.again.append(f"{getattr(error, 'status_code', None)}: {str(error)[:300]}")
+                time.sleep(1)
+        return None
 
     def run(self, requests, beside=None):
         """All clients, with `beside()` in this thread; seconds."""
@@ -140,7 +152,7 @@ class Losses:
     """What happens to the server at random moments, spread over the requests: `run` lets it happen, `log` has it."""
 
     def __init__(self, drill, args, server, cluster):
-        self.drill, self.server, self.cluster, self.log = drill, copy.copy(server), cluster, []
+        self.drill, self.args, self.server, self.cluster, self.log = drill, args, copy.copy(server), cluster, []
         self.draw, self.replicas = random.Random(0), args.replicas
         kinds = [self.kill] * args.kills + [self.resize] * args.resizes + [self.kill_node] * args.node_kills
         self.draw.shuffle(kinds)
@@ -149,7 +161,7 @@ class Losses:
 
     def run(self, going):
         for moment, happen in self.plan:
-            while going() and self.drill.done + len(self.drill.errors) < moment:
+            while going() and self.drill.done - self.args.sessions + len(self.drill.errors) < moment:
                 time.sleep(0.01)
             time.sleep(self.draw.uniform(0, 0.2))
             while going() and not happen():
@@ -217,6 +229,7 @@ def main(argv=None):
         )
         with running(server):
             drill = Drill(args, f"http://127.0.0.1:{port}/v1")
+            drill.run(0)
             losses = Losses(drill, args, server, cluster)
             seconds = drill.run(args.requests, losses.run)
             latencies, errors, kills = list(drill.latencies), list(drill.errors), losses.log
@@ -244,6 +257,7 @@ def main(argv=None):
         "turns": drill.done,
         "tokens": sum(len(tokens) for turns in drill.turns.values() for _, _, tokens, _ in turns),
         "errors": drill.errors,
+        "sent_again": drill.again,
         "wrong_turns": wrong_turns,
         "wrong_sessions": wrong_sessions,
         "sessions": len(drill.names),
@@ -260,7 +274,8 @@ def main(argv=None):
     }
     print(
         f"{result['turns']} turns and {result['tokens']:,} tokens of {result['sessions']} sessions; "
-        f"{len(drill.errors)} errors; {wrong_turns} turns differ from private streams; {stored} sessions stored"
+        f"{len(drill.errors)} errors, {len(drill.again)} requests sent again; {wrong_turns} turns differ from private "
+        f"streams; {stored} sessions stored"
     )
     recovery, usual = result["recovery_seconds"], result["request_seconds"]["median"]
     print(
