@@ -8,6 +8,7 @@ import pytest
 
 BACKEND = keras.backend.backend()
 ARGS = {"layers": 1, "width": 128, "block_size": 64, "memory_segments": 1, "fam_length": 2, "rows": 1}
+ARGS |= {"memory_update": "normalized"}
 KEYS = 2 * 64 * 128 * 4  # bytes of the keys that a layer holds
 
 
@@ -27,6 +28,19 @@ def test_a_token_copies_no_keys():
         counts = kernels.count_torch(args, 1)
         assert counts["mm"] == 8 and counts["index_put_"] == 2
         assert counts["clone"] <= 1  # the logits of the queries' own blocks, side by side
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="reads XLA's text or torch's profile; TensorFlow shows neither")
+def test_a_memory_update_is_a_few_products():
+    """Query, key and value in one, output, and three of the feed-forward part; one attention."""
+    kernels = importlib.import_module("examples.benchmarks.kernels")
+    if BACKEND == "jax":
+        counts = kernels.updates_jax(argparse.Namespace(**ARGS))
+        assert 7 <= kernels.operations(counts) <= 50 and counts["bytes copied"] < KEYS
+    else:
+        counts = kernels.updates_torch(argparse.Namespace(**ARGS))
+        assert counts["matmul"] == 5 and counts["scaled_dot_product_attention"] == 1
+        assert kernels.operations(counts) <= 24 and not counts["to"]
 
 
 def test_executed_instructions():
@@ -65,6 +79,6 @@ def test_the_gpu_report_fills_one_table_over_runs():
     args = argparse.Namespace(tasks="card,decode,prefill,train", systems=None, small=False)
     cells = list(gpu.planned(args, "jax"))
     assert [cell[0] for cell in cells[:3]] == ["card", "decode", "prefill"]  # what counts most comes first
-    assert {cell[1] for cell in cells} == {"-", "fam", "bswa", "full", "inputs"}  # Mistral runs on torch
+    assert {cell[1] for cell in cells} == {"-", "fam", "masked", "bswa", "full", "inputs"}  # Mistral runs on torch
     args.systems = "bswa"
     assert {cell[1] for cell in gpu.planned(args, "jax")} == {"bswa"}

@@ -133,7 +133,7 @@ def count_torch(args, layers):
         stream.generate(max_new_tokens=1)
     counts = dispatched(found)
     counts.subtract(dispatched(once))
-    return scaled(counts, 1 / (number - 1))
+    return per(counts, number - 1)
 
 
 def dispatched(profiled):
@@ -146,8 +146,8 @@ def dispatched(profiled):
     return counts
 
 
-def scaled(counts, factor):
-    return collections.Counter({name: count * factor for name, count in counts.items()})
+def per(counts, number):
+    return collections.Counter({name: count / number for name, count in counts.items()})
 
 
 def updates_jax(args):
@@ -174,7 +174,7 @@ def updates_torch(args):
         with profile(activities=[ProfilerActivity.CPU]) as found:
             backbone.advance(ids, state, aligned=True)
         total.update(dispatched(found)) if blocks == 16 else total.subtract(dispatched(found))
-    return scaled(total, 1 / (8 * args.layers))
+    return per(total, 8 * args.layers)
 
 
 def operations(counts):
