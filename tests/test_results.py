@@ -91,11 +91,12 @@ def percent(values):
 
 def test_passkey():
     exact = recorded("passkey")["exact"]
-    titles = ['FAM, `memory_update="hard_gate"`', "the same, memory zeroed", "FAM, the paper's form |", "BSWA with"]
-    recipe, ablated, paper, bswa = rows("passkey", *titles)
+    titles = ['FAM, `memory_update="hard_gate"`', "the same, memory zeroed", "the same, memory shuffled"]
+    recipe, ablated, shuffled, paper, bswa = rows("passkey", *titles, "FAM, the paper's form |", "BSWA with")
     says(recipe, percent(exact["FAM (hard gate)"]))
-    assert all(value == 0 for name, line in exact.items() if "memory" in name for value in line if value is not None)
+    assert not any(exact[f"FAM (hard gate), memory {how}"][i] for how in ("zeroed", "frozen") for i in range(3))
     says(ablated[:3], [0, 0, 0])
+    says(shuffled[:3], percent(exact["FAM (hard gate), memory shuffled"][:3]))
     says(paper, percent(exact["FAM (paper)"]))
     says(bswa, percent(exact["BSWA"]))
 
@@ -114,7 +115,9 @@ def test_passkey_at_length():
     (paper,) = rows("passkey", "FAM, the paper's form, seed 0")
     says(paper[:4], percent(of_seed["0"] for of_seed in earlier["FAM (paper)"].values()))
     ablated = [line for name, line in exact.items() if "memory" in name]
-    assert len(ablated) == 3 and not any(value for line in ablated for of_seed in line.values() for value in of_seed.values())
+    assert len(ablated) == 3 and not any(
+        value for line in ablated for of_seed in line.values() for value in of_seed.values()
+    )
 
 
 def test_passkey_of_the_systems():
@@ -123,7 +126,7 @@ def test_passkey_of_the_systems():
     titles = {"M0": "BSWA M0", "M1": "BSWA M1 (", "M1_SG": "BSWA M1, stop", "M2": "BSWA M2 |", "M4": "BSWA M4 |",
               "FM1": "FM 1", "FM2": "FM 2 |", "SUM": "SUM FAM", "RMT": "RMT",
               "FAM": "FAM, the paper's form | 100 | 98.4",
-              "FAM_N": "FAM, `keras_fam.Normalized(noise=0.3)`", "HG": "FAM, `memory_update=",
+              "FAM_N": "FAM, `keras_fam.Normalized(noise=0.3)`", "HG": 'FAM, `memory_update="hard_gate"`' + 6 * " | 100",
               "HG_A": '`fam_query="anchored"`, hard', "HG_L": '`fam_query="layer_inputs"`, hard'}  # fmt: skip
     assert set(titles) == set(found["systems"])
     for name, cells in zip(titles, rows("passkey", *titles.values()), strict=True):

@@ -28,7 +28,8 @@ def gather(folder, titles):
             },
         }
         for read, lengths in found["lengths"].items():
-            for factor, got in lengths.items():
+            for factor in sorted(lengths, key=int):
+                got = lengths[factor]
                 for how, right in got["right"].items():
                     line = f"{titles[name]}, memory {how}" if how else titles[name]
                     of_line = exact.setdefault(read, {}).setdefault(line, {}).setdefault(factor, {})
