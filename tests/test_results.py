@@ -126,7 +126,8 @@ def test_passkey_of_the_systems():
     titles = {"M0": "BSWA M0", "M1": "BSWA M1 (", "M1_SG": "BSWA M1, stop", "M2": "BSWA M2 |", "M4": "BSWA M4 |",
               "FM1": "FM 1", "FM2": "FM 2 |", "SUM": "SUM FAM", "RMT": "RMT",
               "FAM": "FAM, the paper's form | 100 | 98.4",
-              "FAM_N": "FAM, `keras_fam.Normalized(noise=0.3)`", "HG": 'FAM, `memory_update="hard_gate"`' + 6 * " | 100",
+              "FAM_N": "FAM, `keras_fam.Normalized(noise=0.3)`",
+              "HG": 'FAM, `memory_update="hard_gate"`' + 6 * " | 100",
               "HG_A": '`fam_query="anchored"`, hard', "HG_L": '`fam_query="layer_inputs"`, hard'}  # fmt: skip
     assert set(titles) == set(found["systems"])
     for name, cells in zip(titles, rows("passkey", *titles.values()), strict=True):
