@@ -15,7 +15,9 @@ from keras_fam.ops.attention import record_attention
 from keras_fam.ops.backend import compiled, value_and_gradient
 
 BACKEND = keras.backend.backend()
-pytestmark = pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow's attention is XLA's, for any mask")
+pytestmark = pytest.mark.skipif(
+    BACKEND == "tensorflow", reason="no kernel is used with TensorFlow: XLA computes attention"
+)
 
 SETTINGS = {"vocabulary_size": 13, "num_layers": 1, "hidden_dim": 16, "num_query_heads": 2, "intermediate_dim": 16}
 SETTINGS |= {"block_size": 4, "memory_segments": 2, "fam_length": 2}
@@ -129,7 +131,7 @@ def test_which_numbers_a_kernel_takes(monkeypatch, dtype, width):
     assert attention_kernels.block_kernel(dtype, width) is None
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="of JAX")
+@pytest.mark.skipif(BACKEND != "jax", reason="cuDNN's kernel is reached through JAX")
 def test_a_refusal_is_said_once(monkeypatch):
     monkeypatch.setattr(attention_kernels, "_refused", {})
     with pytest.warns(UserWarning, match="cuDNN's attention is not used for heads of width 64"):

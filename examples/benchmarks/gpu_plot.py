@@ -1,6 +1,8 @@
 """Draws a file of `examples.benchmarks.gpu`: shares of the card in prefill, and milliseconds of a decoded token.
 
-python -m examples.benchmarks.gpu_plot gpu.json --out gpu.png
+    python -m examples.benchmarks.gpu_plot gpu.json --out gpu.png
+
+Results of several runs and backends may be in one file; what failed is left out.
 """
 
 import argparse

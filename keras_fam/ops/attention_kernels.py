@@ -5,6 +5,7 @@ each pair of a query and a key; without one they skip what is not seen. Shapes: 
 N query heads, K key/value heads, H head width.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -86,6 +87,7 @@ def attend_by_counts(query, key, value, exist, implementation="cudnn"):
     return jax.nn.dot_product_attention(query, key, value, **options, implementation=implementation)
 
 
+@functools.cache  # asked by every layer at every call
 def _torch_has_flash_attention():
     import torch
 

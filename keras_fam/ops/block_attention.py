@@ -79,21 +79,17 @@ def attend_blocks(
             bias = bias.before((segments + 1) * keys.shape[2])
         out = attend(merge(query), key, value, ops.expand_dims(mask, 0), softcap, visible, bias, sink)
         return ops.reshape(out, (-1, *ops.shape(query)[1:]))
-    parts = [*window[:-1], window[-1]]
-    if sinks:
-        parts.insert(0, tuple(x[:, :, :sinks] for x in rows[0]))
-    if rows and rows[0][0].shape[2] > sinks:
-        parts.insert(-1, tuple(x[:, :, sinks:] for x in rows[0]))
-    counts = [part[0].shape[2] for part in parts]
+    *previous, own = window
+    kept = [tuple(x[:, :, :sinks] for x in pair) for pair in rows if sinks]
+    memories = [tuple(x[:, :, sinks:] for x in pair) for pair in rows if pair[0].shape[2] > sinks]
+    parts = [*kept, *previous, *memories, own]
     if kernel.own_block_first:
-        parts, counts = parts[::-1], counts[::-1]
+        parts = parts[::-1]
     query, (key, value) = merge(query), map(merge, _side_by_side(parts))
     width = value.shape[-1]
-    if bias is not None:  # of the memories, which lie next to the own block
-        flags = np.zeros(sum(counts), bool)
-        own, memories = keys.shape[2], memory_key.shape[2] - sinks
-        flags[(slice(own, own + memories) if kernel.own_block_first else slice(-own - memories, -own))] = True
-        query, key, value = KeyBias(bias.head, flags).as_features(query, key, value)
+    if bias is not None:
+        flags = [np.full(part[0].shape[2], any(part is memory for memory in memories)) for part in parts]
+        query, key, value = KeyBias(bias.head, np.concatenate(flags)).as_features(query, key, value)
     exist = None if visible is None else ops.sum(ops.cast(visible, "int32"), axis=-1)
     out = kernel.attend(query, key, value, exist)[..., :width]
     return ops.reshape(out, (-1, num_blocks, *out.shape[1:]))
