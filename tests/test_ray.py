@@ -147,14 +147,14 @@ def test_sessions_stay_when_the_server_shrinks(server, client, lm):
     found = [complete(client, text, 5, "new") for text in ("One", "Two")]
     for answer, own, text in zip(found, private, ("One", "Two"), strict=True):
         assert answer.choices[0].token_ids == own.turn(text, 5)
-    given, shrinking = [], None
-    for chunk in complete(client, " more", 200, found[0].session, stream=True):
+    given, shrinking, count = [], None, 1000  # tokens that take longer than Serve waits by default (20 s)
+    for chunk in complete(client, " more", count, found[0].session, stream=True):
         given += chunk.choices[0].token_ids
         if shrinking is None and len(given) > 10:
             server.replicas = 1
             shrinking = threading.Thread(target=deploy, args=(server,))
             shrinking.start()
-    assert given == private[0].turn(" more", 200)
+    assert given == private[0].turn(" more", count)
     shrinking.join(WAIT)
     while len(engines()) > 1:
         time.sleep(0.2)

@@ -23,6 +23,7 @@ def parser():
     pretrain.add_argument("--context", type=int, default=128, help="tokens of a text")
     pretrain.add_argument("--rows", type=int, default=24, help="texts of a step")
     pretrain.add_argument("--asked", type=float, default=0.3, help="share of texts that ask for what they state")
+    pretrain.add_argument("--answer-weight", type=float, default=3.0, help="of the loss on answers; 1 on other tokens")
     pretrain.add_argument("--mixture", choices=["needle", "standard"], default="needle", help="what they ask for")
     pretrain.add_argument("--rate", type=float, default=2e-3)
     compare = commands.add_parser("compare", help="memories, trained into it")

@@ -77,7 +77,7 @@ def make_task(prepared, args):
 
 
 def draw(task, prepared, args, number, split="train"):
-    """A `Batch` whose loss is on every token, three times on the answers."""
+    """A `Batch` whose loss is on every token, `args.answer_weight` times on the answers."""
     rng, rows, tokens = np.random.default_rng([args.seed, abs(number), number < 0]), args.rows, args.context
     texts = [task.text(tokens + 1, seed=rng, split=split) for _ in range(rows)]
     ids = np.stack([text.token_ids for text in texts])
@@ -86,7 +86,7 @@ def draw(task, prepared, args, number, split="train"):
         for found in text.answers:
             answer[row, found.start - 1 : found.stop - 1] = True
     positions = np.tile(np.arange(tokens, dtype="int32"), (rows, 1))
-    weights = np.where(answer, 3.0, 1.0).astype("float32")
+    weights = np.where(answer, args.answer_weight, 1.0).astype("float32")
     names = [text.answers[-1].name if text.answers else "" for text in texts]
     return batches.Batch(ids[:, :-1], positions, ids[:, 1:], weights, answer, names)
 

@@ -37,6 +37,7 @@ from keras_fam.serve.worker import Worker
 ENGINE, APP = "Replica", "keras_fam"
 PATIENCE = 60.0  # seconds in which a turn is given to other replicas, once its own is lost
 PAUSE = 0.25  # seconds between two attempts
+LONGEST_TURN = 3600.0  # seconds that an ingress which is replaced goes on answering what it has begun
 
 
 def import_ray():
@@ -151,6 +152,7 @@ def make_application(
         serve.ingress(build)(),
         name="Ingress",
         max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=LONGEST_TURN,
         ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(replica)
