@@ -33,6 +33,12 @@ from keras_fam.tasks import AssociativeRecall
 SYSTEMS = {
     "FAM": ("FAM (paper)", TransformerFAMBackbone, {}),
     "FAM_N": ("FAM, normalized", TransformerFAMBackbone, {"memory_update": "normalized"}),
+    "FAM_G": ("FAM, hard gate", TransformerFAMBackbone, {"memory_update": "hard_gate"}),
+    "FAM_AG": (
+        "FAM, anchored, hard gate",
+        TransformerFAMBackbone,
+        {"memory_update": "hard_gate", "fam_query": "anchored"},
+    ),
     "RMT": ("RMT", RMTBackbone, {}),
     "BSWA": ("BSWA, one segment", TransformerFAMBackbone, {"fam_length": 0, "memory_segments": 1}),
 }
@@ -42,6 +48,7 @@ TASKS = {  # name: (settings by pairs, smallest and largest number of pairs trai
 }
 BLOCK, LAYERS, ROWS = 16, 3, 512  # tokens in a block; layers; rows of a test
 QUESTION, QUESTIONS = 4, 4  # tokens of a question with its answer; most questions at the end of a text in training
+MEMORY_ALONE = ("memory_prompt", "memory_update")  # weights that only a memory has
 NEAR = 3  # pairs that fit in one block with a question
 EPOCH, LEARNED = 100, 0.08  # steps; the mean loss of an epoch at which another pair is added
 
@@ -142,7 +149,8 @@ def train(args, name, task, seed):
     keras.utils.set_random_seed(seed)
     _, backbone_class, settings = SYSTEMS[name]
     model, started = make_model(args, backbone_class, **settings), time.perf_counter()
-    for new, old in zip((v for v in model.weights if "memory_prompt" not in v.path), first.weights, strict=True):
+    shared = [v for v in model.weights if not any(part in v.path for part in MEMORY_ALONE)]
+    for new, old in zip(shared, first.weights, strict=True):
         new.assign(old)
     steps, grown = fit(model, Pairs(args, task, seed), args.steps, args.learning_rate)
     return model, steps, round(time.perf_counter() - started, 1), grown
@@ -155,6 +163,12 @@ def exact(args, model, task, seed, ablation=None):
         batch = make_task(args, task, pairs).batch(ROWS, seed=seed, split="held_out")
         scores.append(summary([scorer.score([batch])])["exact"]["mean"][0])
     return scores
+
+
+def label(args, name):
+    """What a system is called in the results."""
+    has_memory = SYSTEMS[name][2].get("fam_length", args.fam_length)
+    return SYSTEMS[name][0] + (f", F {args.fam_length}" if has_memory and args.fam_length != 8 else "")
 
 
 def state_numbers(model):
@@ -180,7 +194,7 @@ def main(argv=None):
     path = args.out / "recall.json"
     found = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     for task, name, seed in itertools.product(args.tasks, args.systems, args.seeds):
-        key = f"{task}, {SYSTEMS[name][0]}, seed {seed}"
+        key = f"{task}, {label(args, name)}, seed {seed}"
         if key in found["runs"]:
             continue
         print(f"{key}: at most {args.steps} steps", flush=True)

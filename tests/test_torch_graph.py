@@ -183,6 +183,29 @@ def test_states_that_were_handed_out_stay_as_they_are():
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
+def test_keys_lie_heads_first_while_tokens_are_decoded(monkeypatch):
+    """On a CPU products with them are faster so. Other programs are handed one layout, for which they are recorded."""
+    if backend.platform() != "cpu":
+        pytest.skip("on a GPU tensors stay in order")
+    calls = []
+    kind_of = TracedFunction._kind_of_flat
+
+    def noted(leaves):
+        calls.append(kind_of(leaves))
+        return calls[-1]
+
+    monkeypatch.setattr(TracedFunction, "_kind_of_flat", staticmethod(noted))
+    stream = keras_fam.StreamingModel(make_model(), batch_size=2)
+    stream.predict(np.array([[1, 2, 3], [4, 5, 6]]), verbose=0)
+    stream.predict(np.array([[7], [8]]), verbose=0)
+    before = calls[-1]
+    stream.generate(max_new_tokens=3)
+    keys = [x for x in keras.tree.flatten(stream.state) if x.ndim == 4]
+    assert keys and all(x.stride(2) >= x.shape[1] * x.stride(1) for x in keys)
+    stream.predict(np.array([[7], [8]]), verbose=0)
+    assert calls[-1] == before
+
+
 def branches_on_values(x):
     return x * 2 if float(x.sum()) > 0 else x
 

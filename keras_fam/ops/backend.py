@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_fam.ops.torch_graph import WARMUP_CALLS, WARMUP_CALLS_LARGE, TracedFunction, is_tracing
-from keras_fam.ops.torch_loop import TOKENS_PER_LAUNCH, TokenLoop, capture_cuda_graph
+from keras_fam.ops.torch_loop import TOKENS_PER_LAUNCH, TokenLoop, capture_cuda_graph, heads_first
 
 
 def is_eager(x):
@@ -194,10 +194,17 @@ def token_loop(step_of, variables):
         steps = {"step_of": lambda kind: TracedFunction(step_of(kind), now, in_place=True)}
         if platform() == "gpu":
             steps |= {"capture": capture_cuda_graph, "tokens_per_launch": TOKENS_PER_LAUNCH}
+        else:
+            steps["copy"] = heads_first
         loop = TokenLoop(**steps)
         return lambda: loop
 
     return _remade(make, variables)
+
+
+def in_order(structure):
+    """torch: the same tensors, contiguous; a program is recorded for one layout, and a `TokenLoop` leaves another."""
+    return keras.tree.map_structure(lambda x: x.contiguous(), structure) if runs_eagerly() else structure
 
 
 def categorical(logits, seed):

@@ -24,10 +24,12 @@ class TokenLoop:
         capture: None, or function of a function without arguments that calls steps; returns a function that does the
             same to the same tensors, and returns the same outputs.
         tokens_per_launch: how many steps a launch has at most, a power of two.
+        copy: None, or function of a tensor that returns a copy of it, laid in memory as steps read it best.
     """
 
-    def __init__(self, step_of, *, capture=None, tokens_per_launch=1):
+    def __init__(self, step_of, *, capture=None, tokens_per_launch=1, copy=None):
         self._step_of, self._capture, self.tokens_per_launch = step_of, capture, tokens_per_launch
+        self._copy = copy or _in_order
         self._steps, self._recorded, self._launches = {}, {}, {}
         self._kinds, self._held, self._structure = [], [], None
         self._lock = threading.RLock()
@@ -43,7 +45,7 @@ class TokenLoop:
             if kinds != self._kinds:
                 self._kinds, self._held, self._recorded, self._launches = kinds, [], {}, {}
             if not self._held:
-                self._held = [x.detach().clone(memory_format=torch.contiguous_format) for x in leaves]
+                self._held = [self._copy(x.detach()) for x in leaves]
                 self._structure = keras.tree.map_structure(lambda x: 0, carry)
             else:
                 for held, given in zip(self._held, leaves, strict=True):
@@ -135,6 +137,21 @@ class TokenLoop:
         moved = [(held, new) for held, new in zip(self._held, leaves, strict=True) if not _is_same(held, new)]
         own = {held.untyped_storage().data_ptr() for held in self._held}
         return [(held, new.clone() if new.untyped_storage().data_ptr() in own else new) for held, new in moved]
+
+
+def _in_order(x):
+    """A copy whose last axis is contiguous, and so on."""
+    import torch
+
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def heads_first(x):
+    """A copy; of keys or values `[B, rows, N, H]` one in which the rows of a head lie together in memory.
+
+    On a CPU, products of one query with the keys of a head then take a third to a half of the time.
+    """
+    return _in_order(x.transpose(1, 2)).transpose(1, 2) if x.ndim == 4 else _in_order(x)
 
 
 def _is_same(a, b):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fam.ops.backend import compiled, runs_eagerly
+from keras_fam.ops.backend import compiled, in_order, runs_eagerly
 from keras_fam.ops.processes import whole_value
 from keras_fam.ops.programs import programs_of
 from keras_fam.ops.token_ids import check_ids_of
@@ -211,7 +211,7 @@ class StreamingModel(StreamGeneration, StreamCopies, CheckedTraining, StreamTrai
             make=lambda: compiled(_step(model, aligned), lambda: model.variables, record=record),
         )
         given = () if lengths is None else (ops.convert_to_tensor(lengths),)
-        return run(ops.convert_to_tensor(piece), state, *given)
+        return run(ops.convert_to_tensor(piece), in_order(state), *given)
 
     def _refuse_while_training(self):
         """RuntimeError in a callback of `fit` or `evaluate`, which hold the state until they end."""

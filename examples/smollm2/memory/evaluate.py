@@ -1,9 +1,9 @@
 """What the memory holds in held-out novels: needles at multiples of the trained length, and the text itself.
 
 Each text is read once. Its last blocks are read several times over: as they are, with the gate closed, with the memory
-zeroed and with another text's memory after every block. So late an ablation leaves what tokens before took from the
-memory; `--tail` blocks later, little of that is left in the window. `base` is the model before training, without
-memory: a window of the same size with attention sinks.
+zeroed, with another text's memory, and with its own of eight blocks ago, before every block. So late an ablation leaves
+what tokens before took from the memory; `--tail` blocks later, little of that is left in the window. `base` is the
+model before training, without memory: a window of the same size with attention sinks.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ import numpy as np
 from keras import ops
 
 import keras_fam
+from examples.long_context.systems import DELAY, memory_of, with_memory
 from examples.smollm2.memory import batches
 from examples.smollm2.memory.learner import compile_program
 from keras_fam.evaluation.ablation import ablate_state, derangement
 from keras_fam.layers.chunk_attention import closed_memory
 
-SYSTEMS = ("memory", "closed", "zeroed", "other", "base")
+SYSTEMS = ("memory", "closed", "zeroed", "other", "ago", "base")  # "memory" comes first: "ago" reads what it kept
 NEEDLES = (batches.SHORT_NEEDLE,)
 TEXT_SECONDS = 15  # kept for the text
 KINDS = (
@@ -105,11 +106,17 @@ class Reader:
         """Yields the hidden states of one block of `ids` after the other, read by a system."""
         how, base = {"zeroed": "zeroed", "other": "shuffled"}.get(system), system == "base"
         values, fixed = self.values(base), self.learner.fixed
+        if system == "memory":
+            self._memories = []  # what each block read
         run = self._closed if base or system == "closed" else self._read[1]
         for start in range(0, ids.shape[1], self.block):
             if how:
                 order = derangement(self.rows, rng) if how == "shuffled" else np.zeros(self.rows, "int32")
                 state = self._ablate[how](values, fixed, state, jnp.asarray(order))
+            elif system == "memory":
+                self._memories.append(memory_of(state))
+            elif system == "ago":
+                state = with_memory(state, self._memories[max(start // self.block - DELAY, 0)])
             hidden, state = run(values, fixed, jnp.asarray(ids[:, start : start + self.block]), state)
             yield hidden
 
