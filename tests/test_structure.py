@@ -12,7 +12,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_fam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from groups that stand before its own, or from its own group.
 ORDER = [
-    *("ops.torch_graph", "ops.torch_loop", "ops.backend", "state", "distribution.state_sharding", "ops"),
+    *("ops.torch_passes", "ops.torch_graph", "ops.torch_loop", "ops.backend", "state"),
+    *("distribution.state_sharding", "ops"),
     *("distribution.processes", "utils", "tasks", "layers", "training.process_training"),
     *("streaming.session", "streaming.samplers", "streaming.text", "streaming.sampling", "streaming.hub_samplers"),
     *(
@@ -25,7 +26,8 @@ ORDER = [
     *("training.dataset_position", "training.stateful", "training.stream_fit", "streaming", "models.configs"),
     *("distribution", "models", "baselines", "training", "data", "testing", "evaluation", "export", "serve", "hub", ""),
 ]
-BACKEND_PLACES = {"ops/backend.py", "ops/processes.py", "ops/torch_graph.py", "ops/torch_loop.py", "ops/scan.py"}
+BACKEND_PLACES = {"ops/backend.py", "ops/processes.py", "ops/scan.py"}
+BACKEND_PLACES |= {"ops/torch_graph.py", "ops/torch_passes.py", "ops/torch_loop.py"}
 BACKEND_PLACES |= {
     "ops/attention.py",
     "ops/attention_kernels.py",

@@ -92,15 +92,17 @@ def draw(task, prepared, args, number, split="train"):
 
 
 def measure(learner, test):
-    """Nats a token of held-out books, and the share of held-out answers that are right token for token."""
-    nats, right = [], []
+    """Nats a token of held-out books and of answers, and the share of answers that are right token for token."""
+    nats, right, asked = [], [], []
     for batch in test:
         _, (found, hits) = learner.evaluate(*batch[:4])
         found, hits = np.asarray(found), np.asarray(hits)
         books = [row for row, name in enumerate(batch.names) if not name]
         nats.append(found[books].mean() if books else np.nan)
         right += [bool(hits[row][batch.answer[row]].all()) for row, name in enumerate(batch.names) if name]
-    return {"nats": round(float(np.nanmean(nats)), 4), "answers": round(float(np.mean(right or [np.nan])), 3)}
+        asked += [found[row][batch.answer[row]].mean() for row, name in enumerate(batch.names) if name]
+    means = {"nats": nats, "answer nats": asked, "answers": right}
+    return {name: round(float(np.nanmean(values or [np.nan])), 4) for name, values in means.items()}
 
 
 def save(learner, record, args):

@@ -1,5 +1,5 @@
 """What Keras has no single call for. Backend branches live here, in `scan.py`, `processes.py` and attention modules,
-and what is for torch alone in `torch_graph.py` and `torch_loop.py`; nowhere else."""
+and what is for torch alone in `torch_graph.py`, `torch_passes.py` and `torch_loop.py`; nowhere else."""
 
 import contextlib
 import threading
