@@ -57,7 +57,7 @@ notebook-pretrained: $(VENV)/.smollm2
 distributed: $(VENV)/.all
 	$(RUN) examples.distributed.jax_distribution
 	$(RUN) examples.distributed.tf_mirrored
-	$(RUN) examples.distributed.processes jax
+	$(RUN) examples.distributed.processes jax --float64
 	$(RUN) examples.distributed.processes torch
 	$(RUN) examples.distributed.processes tensorflow
 

@@ -33,6 +33,7 @@ def distribution_of(variant, processes):
 def parser():
     found = work.arguments(__doc__, VARIANTS)
     found.add_argument("--simulate", type=int, default=4, help="CPU devices of each process; 0 uses its accelerators")
+    found.add_argument("--float64", action="store_true", help="computes in float64")
     return found
 
 
@@ -52,6 +53,9 @@ def main(argv=None):
     import jax
     import keras
 
+    if args.float64:
+        jax.config.update("jax_enable_x64", True)
+        keras.config.set_floatx("float64")
     if args.processes > 1:
         keras.distribution.initialize(args.addresses[0], args.processes, args.process)
     work.write(args, results(args))

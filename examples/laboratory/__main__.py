@@ -28,6 +28,7 @@ def parser():
     pretrain.add_argument("--rate", type=float, default=2e-3)
     compare = commands.add_parser("compare", help="memories, trained into it")
     compare.add_argument("--memories", nargs="+", metavar="MEMORY", default=["layer_inputs", "anchored"])
+    compare.add_argument("--mixture", choices=["city", "needle", "standard"], default="city", help="what texts ask for")
     compare.add_argument("--seeds", type=int, nargs="+", default=[0])
     compare.add_argument("--more", action="append", default=[], metavar="OPTION", help="for each training")
     for command in (pretrain, compare):

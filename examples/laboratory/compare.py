@@ -17,22 +17,9 @@ MEMORIES = {
     "the paper's form, normalized": ["--fam-query", "feedback", "--memory-update", "normalized"],
     "the paper's form, hard gate": ["--fam-query", "feedback", "--memory-update", "hard_gate"],
 }
-SHARED = ["--dtype", "float32", "--block", "32", "--fam", "8", "--sinks", "2", "--gate", "-1", "--mixture", "needle"]
-SHARED += ["--levels", "4", "6", "8", "12", "16", "--step-tokens", "3072", "--rank", "0", "--rate", "1e-3"]
-SHARED += [
-    "--memory-rate",
-    "1e-3",
-    "--gate-rate",
-    "1e-2",
-    "--rows",
-    "64",
-    "--reserve",
-    "60",
-    "--factors",
-    "4",
-    "16",
-    "64",
-]
+SHARED = ["--dtype", "float32", "--block", "32", "--fam", "8", "--sinks", "2", "--gate", "-1", "--rank", "0"]
+SHARED += ["--levels", "4", "6", "8", "12", "16", "--step-tokens", "3072", "--rate", "1e-3", "--memory-rate", "1e-3"]
+SHARED += ["--gate-rate", "1e-2", "--rows", "64", "--reserve", "360", "--factors", "4", "16", "64"]
 
 
 def compare(args):
@@ -40,11 +27,12 @@ def compare(args):
     table = {}
     for name in args.memories:
         for seed in args.seeds:
-            folder = args.out / "memories" / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+            folder = args.out / args.mixture / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
             done = folder / "evaluation.json"
             if not done.exists():
                 print(f"--- {name}, seed {seed}", flush=True)
-                options = [*MEMORIES[name], "--minutes", str(args.minutes), "--seed", str(seed), *args.more]
+                options = [*MEMORIES[name], "--mixture", args.mixture, "--minutes", str(args.minutes)]
+                options += ["--seed", str(seed), *args.more]
                 memory(["train", "--data", str(args.out), "--out", str(folder), *SHARED, *options])
             found = json.loads(done.read_text())
             lines = {}
@@ -55,7 +43,7 @@ def compare(args):
                     }
                     lines.setdefault(kind, {})[times] = means
             table[f"{name}, seed {seed}"] = {"trained tokens": found["trained tokens"], **lines}
-    (args.out / "comparison.json").write_text(json.dumps(table, indent=1) + "\n")
+    (args.out / f"{args.mixture}.json").write_text(json.dumps(table, indent=1) + "\n")
     for name, found in table.items():
         for kind, by_times in found.items():
             if kind != "trained tokens":

@@ -9,6 +9,11 @@ import numpy as np
 import keras_fam
 
 SHORT_NEEDLE = keras_fam.tasks.Needle(digits=3, cities=0.0)
+MIXTURES = {  # what texts ask for, by the value of --mixture; None is all of `ProseTask`
+    "standard": None,
+    "needle": SHORT_NEEDLE,
+    "city": keras_fam.tasks.Needle(cities=1.0),  # where somebody was born, one of 23 cities
+}
 POSITIONS = 48  # of the loss in a row: more than the answers of most texts have
 
 
@@ -36,7 +41,7 @@ def make_task(prepared, args, **options):
     """The mixture of texts, with facts beyond the window of the model."""
     window = (args.segments + 1) * args.block
     options = {"min_distance": window, "early_tokens": args.block, **options}
-    options.setdefault("mixture", SHORT_NEEDLE if args.mixture == "needle" else None)
+    options.setdefault("mixture", MIXTURES[args.mixture])
     return keras_fam.tasks.ProseTask(prepared.train, prepared.tokenizer, held_out=prepared.held_out, **options)
 
 

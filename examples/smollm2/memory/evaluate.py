@@ -24,7 +24,6 @@ from keras_fam.evaluation.ablation import ablate_state, derangement
 from keras_fam.layers.chunk_attention import closed_memory
 
 SYSTEMS = ("memory", "closed", "zeroed", "other", "ago", "base")  # "memory" comes first: "ago" reads what it kept
-NEEDLES = (batches.SHORT_NEEDLE,)
 TEXT_SECONDS = 15  # kept for the text
 KINDS = (
     keras_fam.tasks.Needle(),
@@ -129,7 +128,8 @@ def make_texts(training, rows, tokens, seed):
     """`[B, tokens]`, and the name and the last answer of each row; kinds take turns."""
     texts = []
     for row in range(rows):
-        kinds = NEEDLES if training.args.mixture == "needle" else KINDS
+        alone = batches.MIXTURES[training.args.mixture]
+        kinds = KINDS if alone is None else (alone,)
         task = batches.make_task(training.prepared, training.args, mixture=kinds[row % len(kinds)], again=0.0)
         texts.append(task.text(tokens, seed=(seed, row), split="held_out"))
     return np.stack([text.token_ids for text in texts]), [text.answers[-1] for text in texts]
