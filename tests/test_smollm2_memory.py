@@ -124,7 +124,30 @@ def test_a_comparison_names_options_of_the_command():
     from examples.laboratory.compare import MEMORIES, SHARED
 
     for options in MEMORIES.values():
-        assert parser().parse_args(["train", "--data", "folder", *SHARED, *options]).mixture == "needle"
+        assert parser().parse_args(["train", "--data", "folder", *SHARED, *options]).fam == 8
+
+
+def test_a_comparison_lists_all_runs_that_have_ended(tmp_path):
+    from examples.laboratory.__main__ import main as laboratory
+
+    def write(name, content):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+
+    write("pretraining.json", {"steps": 4, "seconds": 2.0, "curve": [{"step": 2}, {"step": 4, "nats": 3.0}]})
+    for name in ("anchored_0", "layer_inputs_average_12", "unknown_0"):
+        write(f"city/{name}/record.json", {"steps": 7, "tokens": 70, "seconds": 90.0, "steps by blocks": {"4": 7}})
+        exact = {"Needle": {"memory": [1, 0, 1, 1], "other": [0, 0, 0, 1], "distances": [9, 8, 7, 6]}}
+        needles = {"1": {"tokens": 128, "memory RMS": [1.0], "exact": exact}}
+        write(f"city/{name}/evaluation.json", {"trained tokens": 128, "needles": needles})
+    write("city/anchored_1/record.json", {})  # not at its end
+    found = laboratory(["compare", "--memories", "anchored", "--out", str(tmp_path)])
+    assert set(found["runs"]) == {"anchored, seed 0", "layer_inputs, average, seed 12"}
+    run = found["runs"]["anchored, seed 0"]
+    assert (run["steps"], run["minutes"], run["trained tokens"]) == (7, 1.5, 128)
+    assert run["needles"]["1"]["exact"] == {"Needle": {"memory": 0.75, "other": 0.25}}
+    assert found["pre-training"]["measured"] == [{"step": 4, "nats": 3.0}]
+    assert json.loads((tmp_path / "city.json").read_text())["runs"] == found["runs"]
 
 
 def test_book_tokens_are_weighed_by_what_long_context_is_worth(tmp_path):

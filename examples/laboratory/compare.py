@@ -1,9 +1,11 @@
 """Trains several memories into the pre-trained model, one after the other, and lays their figures side by side."""
 
+import itertools
 import json
 
 import numpy as np
 
+from examples.record import run_record
 from examples.smollm2.memory.command import main as memory
 
 # Options of `python -m examples.smollm2.memory train` beside those of all.
@@ -23,30 +25,50 @@ SHARED += ["--gate-rate", "1e-2", "--rows", "64", "--reserve", "360", "--factors
 
 
 def compare(args):
-    """Runs what is missing of `args.memories` and `args.seeds`; prints and writes a table."""
-    table = {}
-    for name in args.memories:
-        for seed in args.seeds:
-            folder = args.out / args.mixture / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
-            done = folder / "evaluation.json"
-            if not done.exists():
-                print(f"--- {name}, seed {seed}", flush=True)
-                options = [*MEMORIES[name], "--mixture", args.mixture, "--minutes", str(args.minutes)]
-                options += ["--seed", str(seed), *args.more]
-                memory(["train", "--data", str(args.out), "--out", str(folder), *SHARED, *options])
-            found = json.loads(done.read_text())
-            lines = {}
-            for times, measured in found["needles"].items():
-                for kind, systems in measured["exact"].items():
-                    means = {
-                        system: round(float(np.mean(v)), 3) for system, v in systems.items() if system != "distances"
-                    }
-                    lines.setdefault(kind, {})[times] = means
-            table[f"{name}, seed {seed}"] = {"trained tokens": found["trained tokens"], **lines}
-    (args.out / f"{args.mixture}.json").write_text(json.dumps(table, indent=1) + "\n")
-    for name, found in table.items():
-        for kind, by_times in found.items():
-            if kind != "trained tokens":
-                shown = "  ".join(f"{times}×: {100 * means['memory']:.0f} %" for times, means in by_times.items())
-                print(f"{name}, trained to {found['trained tokens']} tokens, {kind}: {shown}")
-    return table
+    """Runs what is missing of `args.memories` and `args.seeds`; prints and writes what all runs of the task found."""
+    for name, seed in itertools.product(args.memories, args.seeds):
+        folder = folder_of(args, name, seed)
+        if not (folder / "evaluation.json").exists():
+            print(f"--- {name}, seed {seed}", flush=True)
+            options = [*MEMORIES[name], "--mixture", args.mixture, "--minutes", str(args.minutes)]
+            options += ["--seed", str(seed), *args.more]
+            memory(["train", "--data", str(args.out), "--out", str(folder), *SHARED, *options])
+    pretrained = json.loads((args.out / "pretraining.json").read_text())
+    found = run_record("examples.laboratory", args)
+    found |= {"pre-training": {"steps": pretrained["steps"], "seconds": pretrained["seconds"]}}
+    found["pre-training"]["measured"] = [line for line in pretrained["curve"][-1:]]
+    found["runs"] = {f"{name}, seed {seed}": run_of(folder_of(args, name, seed)) for name, seed in all_runs(args)}
+    (args.out / f"{args.mixture}.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, run in found["runs"].items():
+        print(f"\n{name}: {run['steps']} steps, {run['minutes']} minutes, trained to {run['trained tokens']} tokens")
+        for times, measured in run["needles"].items():
+            for kind, means in measured["exact"].items():
+                shown = "  ".join(f"{system} {100 * mean:.0f}" for system, mean in means.items())
+                print(f"{times:>6} times, {measured['tokens']:>7,} tokens, {kind}, exact %: {shown}")
+    return found
+
+
+def folder_of(args, name, seed):
+    return args.out / args.mixture / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+
+
+def all_runs(args):
+    """Name and seed of every run that has ended, of this call or an earlier one."""
+    for name in MEMORIES:
+        for folder in sorted(args.out.glob(f"{args.mixture}/*")):
+            seed = folder.name.rpartition("_")[2]
+            if folder == folder_of(args, name, seed) and (folder / "evaluation.json").exists():
+                yield name, int(seed)
+
+
+def run_of(folder):
+    """What is recorded of a run: its size, and the mean of each measured quantity."""
+    record, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("record", "evaluation"))
+    run = {"trained tokens": found["trained tokens"], "steps": record["steps"], "tokens": record["tokens"]}
+    run |= {"minutes": round(record["seconds"] / 60, 1), "steps by blocks": record["steps by blocks"], "needles": {}}
+    for times, measured in found["needles"].items():
+        run["needles"][times] = {"tokens": measured["tokens"], "memory RMS": measured["memory RMS"], "exact": {}}
+        for kind, systems in measured["exact"].items():
+            means = {name: round(float(np.mean(hits)), 4) for name, hits in systems.items() if name != "distances"}
+            run["needles"][times]["exact"][kind] = means
+    return {**run, "text": found.get("text")}
