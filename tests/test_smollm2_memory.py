@@ -98,6 +98,7 @@ def test_the_laboratory_pre_trains_what_the_memory_is_trained_into(tmp_path, mon
     pytest.importorskip("tokenizers")
     from examples.laboratory import pretrain
     from examples.laboratory.__main__ import main as laboratory
+    from examples.laboratory.compare import MEMORIES, SHARED
     from examples.smollm2.memory.prepared import build, read_config
 
     story = "Mr. Hill came home late. Nobody was there! He lit a candle, and read for an hour. "
@@ -118,6 +119,17 @@ def test_the_laboratory_pre_trains_what_the_memory_is_trained_into(tmp_path, mon
     for name, array in prepared.arrays().items():
         assert np.isfinite(array).all(), name
     assert np.abs(prepared.arrays()["1/query"]).std() > 0
+    from examples.laboratory import attention
+
+    command = parser().parse_args(["train", "--data", str(tmp_path), *SHARED, *MEMORIES["anchored"]])
+    lm = build(prepared, read_config(prepared, command), dtype="float32", seed=5)
+    (tmp_path / "city" / "anchored_3").mkdir(parents=True)
+    values = {f"value_{i}": np.asarray(v.value) for i, v in enumerate(lm.trainable_variables)}
+    np.savez(tmp_path / "city" / "anchored_3" / "values.npz", **values)
+    monkeypatch.setattr(attention, "ROWS", 2)
+    found = laboratory(["attention", "--memories", "anchored", "--seeds", "3", "--out", str(tmp_path)])
+    shares = np.array(list(found["anchored, seed 3"].values()))
+    assert shares.shape == (2, 2) and (shares > 0).all() and (shares < 0.5).all()
 
 
 def test_a_comparison_names_options_of_the_command():

@@ -2,11 +2,14 @@
 
     python -m examples.laboratory pretrain --minutes 60
     python -m examples.laboratory compare --memories layer_inputs anchored --seeds 0 1 2 --minutes 20
+    python -m examples.laboratory attention --memories layer_inputs anchored
 
 `pretrain` trains a small language model, with a byte-pair vocabulary of its own, on four novels, the King James Bible
-and Python's documentation; a later call continues. `compare` then trains each memory into it, with all weights, and
-asks for needles in held-out novels; what is done is kept. `--more` passes options on to
-`python -m examples.smollm2.memory train`, such as `--more=--rank=8` for LoRA.
+and Python's documentation; a later call continues. With `--asked 1 --answer-weight 100 --context 64 --rows 48` such a
+call teaches it to answer for what stands within the window, before it gets a memory. `compare` then trains each memory
+into it, with all weights, and asks for needles in held-out novels; what is done is kept. `attention` shows which layers
+read the memory. `--more` passes options on to `python -m examples.smollm2.memory train`, such as `--more=--rank=8` for
+LoRA.
 """
 
 import argparse
@@ -27,12 +30,15 @@ def parser():
     pretrain.add_argument("--mixture", choices=["needle", "standard"], default="needle", help="what they ask for")
     pretrain.add_argument("--rate", type=float, default=2e-3)
     compare = commands.add_parser("compare", help="memories, trained into it")
-    compare.add_argument("--memories", nargs="+", metavar="MEMORY", default=["layer_inputs", "anchored"])
-    compare.add_argument("--mixture", choices=["city", "needle", "standard"], default="city", help="what texts ask for")
-    compare.add_argument("--seeds", type=int, nargs="+", default=[0])
-    compare.add_argument("--more", action="append", default=[], metavar="OPTION", help="for each training")
+    attention = commands.add_parser("attention", help="how much of it trained memories get")
+    for command in (compare, attention):
+        command.add_argument("--memories", nargs="+", metavar="MEMORY", default=["layer_inputs", "anchored"])
+        command.add_argument("--mixture", choices=["city", "needle", "standard"], default="city", help="the task")
+        command.add_argument("--seeds", type=int, nargs="+", default=[0])
+        command.add_argument("--more", action="append", default=[], metavar="OPTION", help="for each training")
     for command in (pretrain, compare):
         command.add_argument("--minutes", type=float, default=20.0, help="of training")
+    for command in (pretrain, compare, attention):
         command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/laboratory"))
     pretrain.add_argument("--steps", type=int, default=1_000_000, help="of this call at most")
     pretrain.add_argument("--seed", type=int, default=0)
@@ -43,8 +49,10 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.command == "pretrain":
         from examples.laboratory.pretrain import pretrain as run
-    else:
+    elif args.command == "compare":
         from examples.laboratory.compare import compare as run
+    else:
+        from examples.laboratory.attention import attention as run
     return run(args)
 
 
