@@ -150,6 +150,20 @@ def test_recall():
     assert max(ablated) < 0.095
 
 
+def test_laboratory():
+    systems = ("memory", "closed", "zeroed", "other", "ago")
+    (run,) = recorded("laboratory_city")["runs"].values()
+    titles = [f"{times} times, {measured['tokens']:,}" for times, measured in run["needles"].items()]
+    for measured, cells in zip(run["needles"].values(), rows("laboratory", *titles), strict=True):
+        says(cells, [100 * measured["exact"]["Needle"][system] for system in systems])
+    (shares,) = recorded("laboratory_attention")["shares"].values()
+    for (_, values), cells in zip(shares.items(), rows("laboratory", *shares), strict=True):
+        says(cells, [100 * value for value in values])
+    text = (RESULTS / "laboratory.md").read_text()
+    assert all(f"{count}" in text for count in run["steps by blocks"].values()) and f"{run['steps']:,} steps" in text
+    assert all(f"{run['text']['nats'][system]['mean']:.2f}" in text for system in ("memory", "base"))
+
+
 def test_books():
     lines = (RESULTS / "books.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| Austen: BSWA"))

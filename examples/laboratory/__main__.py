@@ -33,7 +33,7 @@ def parser():
     attention = commands.add_parser("attention", help="how much of it trained memories get")
     for command in (compare, attention):
         command.add_argument("--memories", nargs="+", metavar="MEMORY", default=["layer_inputs", "anchored"])
-        command.add_argument("--mixture", choices=["city", "needle", "standard"], default="city", help="the task")
+        command.add_argument("--mixture", default="city", help="what is asked for, as in `memory train`")
         command.add_argument("--seeds", type=int, nargs="+", default=[0])
         command.add_argument("--more", action="append", default=[], metavar="OPTION", help="for each training")
     for command in (pretrain, compare):

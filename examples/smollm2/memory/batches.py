@@ -9,11 +9,14 @@ import numpy as np
 import keras_fam
 
 SHORT_NEEDLE = keras_fam.tasks.Needle(digits=3, cities=0.0)
+CITY = keras_fam.tasks.Needle(cities=1.0)  # where somebody was born, one of 23 cities
 MIXTURES = {  # what texts ask for, by the value of --mixture; None is all of `ProseTask`
     "standard": None,
     "needle": SHORT_NEEDLE,
-    "city": keras_fam.tasks.Needle(cities=1.0),  # where somebody was born, one of 23 cities
+    "city": CITY,
+    "city_and_books": [(CITY, 0.6), (keras_fam.tasks.Book(), 0.4)],
 }
+ASKED = {"needle": (SHORT_NEEDLE,), "city": (CITY,), "city_and_books": (CITY,)}  # in an evaluation
 POSITIONS = 48  # of the loss in a row: more than the answers of most texts have
 
 

@@ -71,9 +71,8 @@ def parser():
     train.add_argument("--grow-at", type=float, default=0.9, help="share of needles found at which texts grow")
     train.add_argument("--level-steps", type=int, default=30, help="steps at a level at least")
     train.add_argument("--step-tokens", type=int, default=0, help="tokens of a step at most; 0: by the device's memory")
-    train.add_argument(
-        "--mixture", choices=["standard", "needle", "city"], default="standard", help="what texts ask for"
-    )
+    mixtures = ["standard", "needle", "city", "city_and_books"]
+    train.add_argument("--mixture", choices=mixtures, default="standard", help="what texts ask for")
     train.add_argument("--lora-rows", choices=["all", "memory"], default="all", help="which rows LoRA acts on")
     train.add_argument("--weigh-books", action="store_true", help="book tokens by what long context is worth (`weigh`)")
     train.add_argument("--distill", type=float, default=0.0, help="weight of the forward KL to its own full attention")

@@ -128,8 +128,7 @@ def make_texts(training, rows, tokens, seed):
     """`[B, tokens]`, and the name and the last answer of each row; kinds take turns."""
     texts = []
     for row in range(rows):
-        alone = batches.MIXTURES[training.args.mixture]
-        kinds = KINDS if alone is None else (alone,)
+        kinds = batches.ASKED.get(training.args.mixture, KINDS)
         task = batches.make_task(training.prepared, training.args, mixture=kinds[row % len(kinds)], again=0.0)
         texts.append(task.text(tokens, seed=(seed, row), split="held_out"))
     return np.stack([text.token_ids for text in texts]), [text.answers[-1] for text in texts]

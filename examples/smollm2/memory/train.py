@@ -261,7 +261,6 @@ MODEL_ARGUMENTS = (
     "lora_rows",
     "targets",
     "tiny",
-    "mixture",
     "distill",
 )
 
