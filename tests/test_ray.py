@@ -19,7 +19,7 @@ import pytest
 import keras_fam
 from examples.serving.small_model import VOCABULARY, small_text_model
 from keras_fam.serve import BadRequest, ray_app
-from keras_fam.serve.__main__ import deploy, make_parser, running
+from keras_fam.serve.__main__ import deploy, make_parser, patiently, running
 from keras_fam.serve.protocol import parse
 
 ray = pytest.importorskip("ray")
@@ -163,6 +163,22 @@ def test_sessions_stay_when_the_server_shrinks(server, client, lm):
 
 
 # Without a cluster ----------------------------------------------------------------------------------------------
+
+
+def test_a_slow_start_is_waited_for():
+    calls = []
+
+    def start():
+        calls.append(None)
+        if len(calls) < 3:
+            raise TimeoutError("HTTP proxies not available after 60s.")
+        return "started"
+
+    assert patiently(start) == "started" and len(calls) == 3
+    calls.clear()
+    with pytest.raises(TimeoutError, match="60s"):
+        patiently(start, attempts=2)
+    assert len(calls) == 2
 
 
 class Handle:

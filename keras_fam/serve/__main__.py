@@ -67,13 +67,25 @@ def deploy(args):
     import_ray().serve.run(application, name=APP, route_prefix="/")
 
 
+def patiently(start, attempts=5):
+    """Calls `start` again after a TimeoutError: on a busy machine Serve's processes, which go on starting, take longer
+    than the minute that it waits for them."""
+    for left in reversed(range(attempts)):
+        try:
+            return start()
+        except TimeoutError:
+            if not left:
+                raise
+
+
 @contextlib.contextmanager
 def running(args):
     """The server of parsed arguments, for as long as the block lasts."""
     ray = import_ray()
     ray.init(address=args.address or "local", include_dashboard=False, log_to_driver=False)
     try:
-        ray.serve.start(proxy_location=args.proxies, http_options={"host": args.host, "port": args.port})
+        http = {"host": args.host, "port": args.port}
+        patiently(lambda: ray.serve.start(proxy_location=args.proxies, http_options=http))
         try:
             deploy(args)
             yield
