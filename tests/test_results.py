@@ -151,17 +151,18 @@ def test_recall():
 
 
 def test_laboratory():
-    systems = ("memory", "closed", "zeroed", "other", "ago")
-    (run,) = recorded("laboratory_city")["runs"].values()
-    titles = [f"{times} times, {measured['tokens']:,}" for times, measured in run["needles"].items()]
-    for measured, cells in zip(run["needles"].values(), rows("laboratory", *titles), strict=True):
-        says(cells, [100 * measured["exact"]["Needle"][system] for system in systems])
+    systems, text = ("memory", "closed", "zeroed", "other", "ago"), (RESULTS / "laboratory.md").read_text()
+    for name, start in (("laboratory_city", ""), ("laboratory_city_and_books", "with books: ")):
+        (run,) = recorded(name)["runs"].values()
+        titles = [f"{start}{times} times, {measured['tokens']:,}" for times, measured in run["needles"].items()]
+        for measured, cells in zip(run["needles"].values(), rows("laboratory", *titles), strict=True):
+            says(cells, [100 * measured["exact"]["Needle"][system] for system in systems])
+        assert all(f"{run['text']['nats'][system]['mean']:.2f}" in text for system in ("memory", "base"))
+    run = recorded("laboratory_city")["runs"]["anchored, seed 0"]
+    assert all(f"{count}" in text for count in run["steps by blocks"].values()) and f"{run['steps']:,} steps" in text
     (shares,) = recorded("laboratory_attention")["shares"].values()
     for (_, values), cells in zip(shares.items(), rows("laboratory", *shares), strict=True):
         says(cells, [100 * value for value in values])
-    text = (RESULTS / "laboratory.md").read_text()
-    assert all(f"{count}" in text for count in run["steps by blocks"].values()) and f"{run['steps']:,} steps" in text
-    assert all(f"{run['text']['nats'][system]['mean']:.2f}" in text for system in ("memory", "base"))
 
 
 def test_books():
