@@ -174,10 +174,10 @@ def test_a_slow_start_is_waited_for():
             raise TimeoutError("HTTP proxies not available after 60s.")
         return "started"
 
-    assert patiently(start) == "started" and len(calls) == 3
+    assert patiently(start, TimeoutError) == "started" and len(calls) == 3
     calls.clear()
     with pytest.raises(TimeoutError, match="60s"):
-        patiently(start, attempts=2)
+        patiently(start, (TimeoutError, OSError), attempts=2)
     assert len(calls) == 2
 
 

@@ -8,11 +8,16 @@ The first starts Ray on this machine and stops it at the end; the second runs on
 
 import argparse
 import contextlib
+import os
 import signal
 import threading
 
 from keras_fam.serve.ray_app import APP, import_ray, make_application
 from keras_fam.serve.text import FORMATS
+
+# Serve ends the process that answers HTTP if it is silent for three times so many seconds: by default 5 at the start
+# and 10 later, which is too short for a busy machine.
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
 
 
 def make_parser():
@@ -67,13 +72,13 @@ def deploy(args):
     import_ray().serve.run(application, name=APP, route_prefix="/")
 
 
-def patiently(start, attempts=5):
-    """Calls `start` again after a TimeoutError: on a busy machine Serve's processes, which go on starting, take longer
-    than the minute that it waits for them."""
+def patiently(start, errors, attempts=5):
+    """Calls `start` again after one of `errors`: on a busy machine Serve's processes take longer than it waits for
+    them, and go on starting, or are started anew."""
     for left in reversed(range(attempts)):
         try:
             return start()
-        except TimeoutError:
+        except errors:
             if not left:
                 raise
 
@@ -82,10 +87,14 @@ def patiently(start, attempts=5):
 def running(args):
     """The server of parsed arguments, for as long as the block lasts."""
     ray = import_ray()
+    if args.address is None:
+        for name, seconds in PATIENCE.items():
+            os.environ.setdefault(name, seconds)  # read by the processes that Ray starts
     ray.init(address=args.address or "local", include_dashboard=False, log_to_driver=False)
     try:
         http = {"host": args.host, "port": args.port}
-        patiently(lambda: ray.serve.start(proxy_location=args.proxies, http_options=http))
+        slow = (TimeoutError, ray.exceptions.RayActorError)
+        patiently(lambda: ray.serve.start(proxy_location=args.proxies, http_options=http), slow)
         try:
             deploy(args)
             yield
