@@ -5,25 +5,9 @@ import hashlib
 LARGEST = 1 << 23  # numbers in a tensor that is compared with others, to keep one of each
 # ATen operations whose arguments are those of the function, or method, of the same name.
 DIRECT = {
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "pow",
-        "rsqrt",
-        "mean",
-        "sum",
-        "exp",
-        "silu",
-        "mm",
-        "bmm",
-        "addmm",
-        "_softmax",
-    ),
+    *("add", "sub", "mul", "div", "neg", "pow", "rsqrt", "mean", "sum", "exp", "silu", "mm", "bmm", "addmm"),
     *("add_", "mul_", "div_", "index_put_", "where", "lt", "le", "gt", "ge", "eq", "logical_and", "logical_not"),
-    *("bitwise_and", "clamp", "argmax", "embedding", "cat", "stack", "roll", "clone", "as_strided"),
+    *("bitwise_and", "clamp", "argmax", "embedding", "cat", "stack", "roll", "clone", "as_strided", "_softmax"),
 }
 
 

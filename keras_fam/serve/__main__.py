@@ -74,7 +74,7 @@ def deploy(args):
 
 def patiently(start, errors, attempts=5):
     """Calls `start` again after one of `errors`: on a busy machine Serve's processes take longer than it waits for
-    them, and go on starting, or are started anew."""
+    them, and go on starting, or are restarted."""
     for left in reversed(range(attempts)):
         try:
             return start()
