@@ -132,6 +132,16 @@ def test_the_laboratory_pre_trains_what_the_memory_is_trained_into(tmp_path, mon
     assert shares.shape == (2, 2) and (shares > 0).all() and (shares < 0.5).all()
 
 
+def test_the_command_offers_every_mixture():
+    from examples.smollm2.memory.batches import ASKED, MIXTURES
+
+    for name in MIXTURES:
+        assert parser().parse_args(["train", "--mixture", name]).mixture == name
+    assert set(ASKED) == set(MIXTURES) - {"standard"}
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "--mixture", "cities"])
+
+
 def test_a_comparison_names_options_of_the_command():
     from examples.laboratory.compare import MEMORIES, SHARED
 
